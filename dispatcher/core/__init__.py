@@ -1,0 +1,1 @@
+"""The decisions: pure, without I/O, clock or asyncio. Time is always an argument."""

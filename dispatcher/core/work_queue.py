@@ -1,0 +1,745 @@
+"""The life of every work item: all transitions are here, and only here.
+
+    unread --open_line--> ready --lease--> leased --finish--> done
+                            ^                |
+                            |                +--release, fail, expire, heartbeat-->
+                            |                        the lease ends: who pays?
+                            +--- retries left -------------+
+                                                           +--- none left: condemned
+                                                                --tombstone--> done
+
+Two kinds of state. The durable half (which lines are done, open items with their counts and
+leases) changes only in `apply`, by an event; every event made since the last `take_events` is
+handed to the caller, who writes it to the journal before telling anybody. Replaying the events
+rebuilds that half. The volatile half (workers, deadlines, progress) is in core/workers.py.
+
+Nothing here does I/O or reads a clock: `now` is any number of seconds that never goes back.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import msgspec
+
+from dispatcher.core.events import (
+    Absolved,
+    Counters,
+    Ended,
+    EndKind,
+    Event,
+    Finished,
+    Issued,
+    ItemState,
+    LeaseEnded,
+    LeaseState,
+    Opened,
+    QueueState,
+    Tombstoned,
+)
+from dispatcher.core.workers import PROGRESS_UNKNOWN, Durations, Lease, Worker
+from dispatcher.models import Outcome
+
+_OPEN, _DONE, _TOMBSTONE = 0, 1, 2
+_TRIM_BYTES = 1 << 16
+_FORGET_AFTER_TERMS = 20
+
+CRASH = "crash"
+"""The release reason by which a worker says that its model server died under the item."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePolicy:
+    """Limits and times. `max_retries` -1 means never give up; `window` 0 means unlimited."""
+
+    max_retries: int = 3
+    work_timeout_s: float = 1200.0
+    lease_term_s: float = 30.0
+    window: int = 0
+    backups: bool = True
+    max_free_releases: int = 100
+    crashes_before_solo: int = 2
+    history_limit: int = 20
+    mass_vanish_least: int = 3
+    backup_quantile: float = 0.95
+    backup_factor: float = 1.5
+
+
+@dataclass(slots=True, eq=False)
+class Item:
+    """An open line: read from the input, without a result. `offset` is where it stands there."""
+
+    work_id: int
+    offset: int
+    retries: int = 0
+    crashes: int = 0
+    releases: int = 0
+    attempt: int = 1
+    owes_charge: bool = False
+    condemned: bool = False
+    queued: bool = False
+    leases: list[Lease] = field(default_factory=list)
+    history: list[Ended] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Hand this item to the worker that asked, under this lease."""
+
+    work_id: int
+    lease: str
+    offset: int
+    retries: int
+    attempt: int
+    solo: bool
+
+
+@dataclass(slots=True)
+class Verdict:
+    """Answer to a heartbeat; the words are those of the wire."""
+
+    done: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    back: list[str] = field(default_factory=list)
+
+
+def lease_id(work_id: int, serial: int) -> str:
+    """Name a lease. The work id is part of it, so that an ended lease still tells its item."""
+    return f"{work_id}.{serial}"
+
+
+def parse_lease_id(text: str) -> tuple[int, int] | None:
+    """Return (work_id, serial), or None for what never was a lease."""
+    work_id, dot, serial = text.partition(".")
+    if dot and work_id.isdecimal() and serial.isdecimal() and len(text) <= 40:
+        return int(work_id), int(serial)
+    return None
+
+
+class WorkQueue:
+    """Decides who works on what, who pays when it goes wrong, and what is done."""
+
+    def __init__(self, policy: QueuePolicy) -> None:
+        self.policy = policy
+        # Durable, changed by apply() alone.
+        self.first_open = 0
+        self.next_work_id = 0
+        self.next_offset = 0
+        self.next_serial = 1
+        self.counters = Counters()
+        self.items: dict[int, Item] = {}
+        self._flags = bytearray()
+        self._flags_base = 0
+        # Volatile.
+        self.input_ended = False
+        self.workers: dict[str, Worker] = {}
+        self.leases: dict[int, Lease] = {}
+        self.condemned: list[int] = []
+        self._ready: list[int] = []
+        self._ready_solo: list[int] = []
+        self._deadlines: list[tuple[float, int]] = []
+        self._durations = Durations()
+        self._overdue: tuple[float, list[Lease]] = (float("-inf"), [])
+        self._written = 0
+        self._events: list[Event] = []
+
+    # ---------------------------------------------------------------- what the caller asks
+
+    @property
+    def is_complete(self) -> bool:
+        """True when every line of the input has its result."""
+        return self.input_ended and self.first_open == self.next_work_id
+
+    @property
+    def ready_count(self) -> int:
+        """How many items wait to be handed out again (an upper bound)."""
+        return len(self._ready) + len(self._ready_solo)
+
+    @property
+    def waiting_count(self) -> int:
+        """How many finished items wait behind an open line for their turn in the output."""
+        return self.next_work_id - self.first_open - len(self.items)
+
+    def may_open(self) -> bool:
+        """Say whether a new line may be read: input left, and within the window."""
+        window = self.policy.window
+        return not self.input_ended and (
+            window == 0 or self.next_work_id - self.first_open < window
+        )
+
+    def take_events(self) -> list[Event]:
+        """Return the events since the last call, oldest first; the caller makes them durable."""
+        events, self._events = self._events, []
+        return events
+
+    # ---------------------------------------------------------------- handing out
+
+    def open_line(self, offset: int, next_offset: int) -> int:
+        """Take the next input line into the queue and return its work id; it is ready."""
+        work_id = self.next_work_id
+        self._record(Opened(work_id, offset, next_offset), now=0.0)
+        return work_id
+
+    def lease_ready(self, worker: str, count: int, now: float) -> list[Grant]:
+        """Lease up to `count` ready items, lowest line first.
+
+        An item that was running when engines died goes out alone, so that the worker can run
+        nothing else beside it.
+        """
+        if item := self._pop_ready(self._ready_solo):
+            return [self._lease(item, worker, now)]
+        grants: list[Grant] = []
+        while len(grants) < count and (item := self._pop_ready(self._ready)):
+            grants.append(self._lease(item, worker, now))
+        return grants
+
+    def lease_backup(self, worker: str, count: int, now: float) -> list[Grant]:
+        """Lease second copies of items that run far longer than others do, to another worker.
+
+        Call it only when nothing is ready: a copy costs nothing but idle time then (J. Dean and
+        S. Ghemawat, "MapReduce", OSDI 2004, section 3.6, "backup tasks").
+        """
+        known = self.workers.get(worker)
+        if not self.policy.backups or known is None or not known.heartbeats:
+            return []
+        grants: list[Grant] = []
+        for lease in self._find_overdue(now):
+            item = self.items.get(lease.work_id)
+            if len(grants) == count:
+                break
+            if item is None or item.leases != [lease] or lease.worker == worker:
+                continue
+            grants.append(self._lease(item, worker, now))
+        return grants
+
+    def note_idle(self, worker: str, want: int) -> None:
+        """Remember that this worker asked for `want` items and got none (0: no longer)."""
+        if known := self.workers.get(worker):
+            known.idle_want = want
+
+    def end_of_input(self) -> None:
+        """The last line was opened."""
+        self.input_ended = True
+
+    # ---------------------------------------------------------------- taking back
+
+    def finish(
+        self, work_id: int, serial: int | None, result: bytes, *, failed: bool, now: float
+    ) -> Outcome:
+        """Take a result. The first valid one wins, whoever sends it and however late."""
+        if not 0 <= work_id < self.next_work_id:
+            return Outcome.UNKNOWN
+        flag = self._flag(work_id)
+        if flag == _DONE or (flag == _TOMBSTONE and work_id < self._written):
+            return Outcome.DUPLICATE
+        lease = self.leases.get(serial) if serial is not None else None
+        if lease is not None and lease.work_id == work_id:
+            self._durations.add(now - lease.running_since)
+            if worker := self.workers.get(lease.worker):
+                worker.note_finish(now)
+        self._record(Finished(work_id, serial or 0, failed, msgspec.Raw(result)), now)
+        return Outcome.ACCEPTED
+
+    def fail(self, work_id: int, serial: int | None, reason: str, now: float) -> None:
+        """End a lease, charged: what its worker sent is no result."""
+        if lease := self._find_lease(work_id, serial):
+            self._end(lease, "charged", reason, now)
+
+    def release(
+        self,
+        work_id: int,
+        serial: int | None,
+        *,
+        charge: bool,
+        reason: str,
+        keep_steps: bool,
+        now: float,
+    ) -> bool:
+        """Give a lease back. False when there is no such lease (any more)."""
+        lease = self._find_lease(work_id, serial)
+        if lease is None:
+            return False
+        kind: EndKind = "charged"
+        if not charge:
+            free = self.items[work_id].releases < self.policy.max_free_releases
+            if lease.recalled:
+                kind = "returned"
+            elif reason == CRASH:
+                kind = "crashed"
+            elif free:
+                kind = "released"
+            else:
+                reason = f"released more than {self.policy.max_free_releases} times: {reason}"
+        self._end(lease, kind, reason, now, keep_steps=keep_steps)
+        return True
+
+    def condemned_ids(self) -> list[int]:
+        """Return the items that ran out of reissues and have no tombstone yet."""
+        waiting = [i for i in self.condemned if i in self.items and self.items[i].condemned]
+        self.condemned = waiting
+        return waiting
+
+    def tombstone(self, work_id: int, error: str, result: bytes, now: float) -> None:
+        """Give an open item its `__ERROR__` line; nothing happens when it got a result first."""
+        if work_id in self.items:
+            self._record(Tombstoned(work_id, error, msgspec.Raw(result)), now)
+
+    def note_written(self, first_unwritten: int) -> None:
+        """Lines before this one stand in the output, where a tombstone is final."""
+        self._written = first_unwritten
+        unneeded = min(first_unwritten, self.first_open) - self._flags_base
+        if unneeded > _TRIM_BYTES:
+            del self._flags[:unneeded]
+            self._flags_base += unneeded
+
+    # ---------------------------------------------------------------- workers and time
+
+    def heartbeat(
+        self, name: str, held: Mapping[tuple[int, int], int], *, backend_up: bool, now: float
+    ) -> Verdict:
+        """A worker is alive; `held` maps (work_id, serial) to progress, prefetched included."""
+        worker = self._know(name, now)
+        worker.heartbeats = True
+        if backend_up and not worker.backend_up:
+            worker.backend_up_since = now
+        worker.backend_up = backend_up
+        if worker.vanished_at is not None:
+            self._welcome_back(worker, held, now)
+        verdict = Verdict()
+        for (work_id, serial), progress in held.items():
+            lease = self.leases.get(serial)
+            if lease is None or lease.work_id != work_id or lease.worker != name:
+                is_open = work_id in self.items
+                (verdict.lost if is_open else verdict.done).append(lease_id(work_id, serial))
+                continue
+            lease.heartbeats = True
+            lease.missed_heartbeats = 0
+            if progress != lease.progress:
+                if progress > 0 and lease.started_at is None:
+                    lease.started_at = now
+                lease.progress, lease.progressed_at = progress, now
+            if lease.recalled:
+                if lease.unstarted:
+                    verdict.back.append(lease_id(work_id, serial))
+                else:
+                    lease.recalled = False
+        self._return_unnamed(worker, held, now)
+        return verdict
+
+    def expire(self, now: float) -> None:
+        """Let time act: deadlines, vanished workers, items to call back. Call it every second."""
+        self._expire_deadlines(now)
+        self._expire_workers(now)
+        self._call_back(now)
+
+    def set_work_timeout(self, timeout_s: float, now: float) -> None:
+        """Change the time an item may take without progress, for leases already given too."""
+        self.policy = replace(self.policy, work_timeout_s=timeout_s)
+        self._deadlines = [(self._deadline(lease, now), s) for s, lease in self.leases.items()]
+        heapq.heapify(self._deadlines)
+
+    # ---------------------------------------------------------------- durable state
+
+    def apply(self, event: Event, now: float) -> None:
+        """Change the durable state by one event; the only place that does."""
+        match event:
+            case Opened(work_id, offset, next_offset):
+                item = Item(work_id, offset)
+                self.items[work_id] = item
+                self.next_work_id, self.next_offset = work_id + 1, next_offset
+                self._flags.append(_OPEN)
+                self._make_ready(item)
+            case Issued():
+                self._apply_issued(event, now)
+            case Finished(work_id, _, failed):
+                if self._flag(work_id) == _TOMBSTONE:
+                    self._undo_tombstone_count()
+                self.counters.done += 1
+                self.counters.failed += failed
+                self._settle(work_id, _DONE)
+            case Tombstoned(work_id, error):
+                self.counters.done += 1
+                self.counters.failed += 1
+                by_error = self.counters.tombstones
+                by_error[error] = by_error.get(error, 0) + 1
+                self._settle(work_id, _TOMBSTONE)
+            case LeaseEnded():
+                self._apply_ended(event)
+            case Absolved(work_id, charged):
+                self._apply_absolved(work_id, charged)
+
+    def checkpoint(self) -> QueueState:
+        """Return the durable state, whole."""
+        return QueueState(
+            first_open=self.first_open,
+            next_work_id=self.next_work_id,
+            next_offset=self.next_offset,
+            next_serial=self.next_serial,
+            counters=msgspec.structs.replace(
+                self.counters, tombstones=dict(self.counters.tombstones)
+            ),
+            items=[_item_state(item) for item in self.items.values()],
+        )
+
+    def restore(self, state: QueueState, now: float) -> None:
+        """Take over a checkpoint; every lease in it gets a fresh term."""
+        self.first_open = self._flags_base = self._written = state.first_open
+        self.next_work_id, self.next_offset = state.next_work_id, state.next_offset
+        self.next_serial = state.next_serial
+        self.counters = msgspec.structs.replace(
+            state.counters, tombstones=dict(state.counters.tombstones)
+        )
+        self._flags = bytearray([_DONE]) * (state.next_work_id - state.first_open)
+        for saved in state.items:
+            item = Item(
+                saved.work_id,
+                saved.offset,
+                saved.retries,
+                saved.crashes,
+                saved.releases,
+                saved.attempt,
+                saved.owes_charge,
+                history=list(saved.history),
+            )
+            self.items[saved.work_id] = item
+            self._flags[saved.work_id - self._flags_base] = _OPEN
+            for lease in saved.leases:
+                event = Issued(
+                    saved.work_id, lease.serial, lease.worker, lease.heartbeats, lease.solo
+                )
+                self._add_lease(item, event, now)
+            if saved.condemned:
+                self._condemn(item)
+            elif not item.leases:
+                self._make_ready(item)
+
+    def begin_again(self, now: float) -> None:
+        """After a replay: nobody has spoken yet, so every lease and worker gets a fresh term."""
+        for lease in self.leases.values():
+            lease.issued_at = lease.progressed_at = now
+            lease.progress = PROGRESS_UNKNOWN
+            if lease.worker:
+                worker = self._know(lease.worker, now)
+                worker.heartbeats = worker.heartbeats or lease.heartbeats
+        self.set_work_timeout(self.policy.work_timeout_s, now)
+
+    def adopt_workers(self, others: Iterable[Worker], now: float) -> None:
+        """After a rebuild in a living process: keep what was known of the workers."""
+        for other in others:
+            worker = self._know(other.name, now)
+            worker.heartbeats, worker.backend_up = other.heartbeats, other.backend_up
+            worker.pace_s, worker.finished = other.pace_s, other.finished
+
+    # ---------------------------------------------------------------- inside: events
+
+    def _record(self, event: Event, now: float) -> None:
+        self.apply(event, now)
+        self._events.append(event)
+
+    def _end(
+        self, lease: Lease, kind: EndKind, reason: str, now: float, *, keep_steps: bool = True
+    ) -> None:
+        self._record(LeaseEnded(lease.work_id, lease.serial, kind, reason, keep_steps), now)
+
+    def _apply_issued(self, event: Issued, now: float) -> None:
+        item = self.items.get(event.work_id)
+        if item is None:
+            return
+        item.queued = False
+        self.counters.issued += 1
+        self.next_serial = max(self.next_serial, event.serial + 1)
+        self._add_lease(item, event, now)
+
+    def _add_lease(self, item: Item, event: Issued, now: float) -> None:
+        lease = Lease(
+            event.serial,
+            event.work_id,
+            event.worker,
+            event.heartbeats,
+            event.solo,
+            issued_at=now,
+            progressed_at=now,
+        )
+        item.leases.append(lease)
+        self.leases[lease.serial] = lease
+        if worker := self.workers.get(lease.worker):
+            worker.leases[lease.serial] = lease
+
+    def _apply_ended(self, event: LeaseEnded) -> None:
+        lease = self.leases.get(event.serial)
+        if lease is None:
+            return
+        self._drop_lease(lease)
+        item = self.items[event.work_id]
+        item.leases.remove(lease)
+        setattr(self.counters, event.kind, getattr(self.counters, event.kind) + 1)
+        if event.reason == WORK_TIMEOUT:
+            self.counters.expired += 1
+        if event.kind == "released":
+            item.releases += 1
+        if event.kind == "crashed":
+            item.crashes += 1
+        if event.kind in ("charged", "crashed"):
+            ended = Ended(item.attempt, lease.worker, event.kind, event.reason)
+            item.history = [*item.history, ended][-self.policy.history_limit :]
+        if event.kind == "charged" or (event.kind == "crashed" and lease.solo):
+            item.owes_charge = True
+        if item.leases:
+            return  # a copy still runs; the attempt is judged when the last one ends
+        if item.owes_charge:
+            item.owes_charge = False
+            item.attempt += 1
+            if 0 <= self.policy.max_retries <= item.retries:
+                self._condemn(item)
+                return
+            item.retries += 1
+        self._make_ready(item)
+
+    def _apply_absolved(self, work_id: int, charged: bool) -> None:
+        item = self.items.get(work_id)
+        if item is None:
+            return
+        item.crashes = max(0, item.crashes - 1)
+        if charged and item.condemned:
+            item.condemned = False
+            self._make_ready(item)
+        elif charged:
+            item.retries = max(0, item.retries - 1)
+
+    def _condemn(self, item: Item) -> None:
+        if 0 <= self.policy.max_retries <= item.retries:
+            item.condemned = True
+            self.condemned.append(item.work_id)
+        else:  # the limit was raised since
+            item.retries += 1
+            self._make_ready(item)
+
+    def _settle(self, work_id: int, flag: int) -> None:
+        """The item has its line of output; whoever still works on it works in vain."""
+        if item := self.items.pop(work_id, None):
+            for lease in item.leases:
+                self._drop_lease(lease)
+        self._flags[work_id - self._flags_base] = flag
+        if work_id == self.first_open:
+            end = self._flags.find(_OPEN, work_id - self._flags_base)
+            self.first_open = self.next_work_id if end < 0 else self._flags_base + end
+
+    def _undo_tombstone_count(self) -> None:
+        # A late result replaces a tombstone that is not written yet. Which kind it was is not
+        # kept per line; only items out of reissues can still get a result.
+        self.counters.done -= 1
+        self.counters.failed -= 1
+        by_error = self.counters.tombstones
+        if by_error.get(MAX_RETRIES_EXCEEDED):
+            by_error[MAX_RETRIES_EXCEEDED] -= 1
+
+    def _flag(self, work_id: int) -> int:
+        place = work_id - self._flags_base
+        return _DONE if place < 0 else self._flags[place]
+
+    def _drop_lease(self, lease: Lease) -> None:
+        self.leases.pop(lease.serial, None)
+        if worker := self.workers.get(lease.worker):
+            worker.leases.pop(lease.serial, None)
+
+    # ---------------------------------------------------------------- inside: handing out
+
+    def _make_ready(self, item: Item) -> None:
+        item.queued = True
+        solo = item.crashes >= self.policy.crashes_before_solo
+        heapq.heappush(self._ready_solo if solo else self._ready, item.work_id)
+
+    def _pop_ready(self, heap: list[int]) -> Item | None:
+        while heap:
+            item = self.items.get(heapq.heappop(heap))
+            if item is not None and item.queued:
+                return item
+        return None
+
+    def lease(self, work_id: int, worker: str, now: float) -> Grant:
+        """Lease one open item by its id: the line that was just opened."""
+        return self._lease(self.items[work_id], worker, now)
+
+    def _lease(self, item: Item, worker: str, now: float) -> Grant:
+        known = self._know(worker, now) if worker else None
+        serial = self.next_serial
+        solo = item.crashes >= self.policy.crashes_before_solo
+        beats = known is not None and known.heartbeats
+        self._record(Issued(item.work_id, serial, worker, beats, solo), now)
+        heapq.heappush(self._deadlines, (self._deadline(self.leases[serial], now), serial))
+        if known is not None:
+            known.idle_want = 0
+        name = lease_id(item.work_id, serial)
+        return Grant(item.work_id, name, item.offset, item.retries, item.attempt, solo)
+
+    def _find_lease(self, work_id: int, serial: int | None) -> Lease | None:
+        """Find a live lease; a client that names none means its oldest anonymous one."""
+        if serial is not None:
+            lease = self.leases.get(serial)
+            return lease if lease is not None and lease.work_id == work_id else None
+        item = self.items.get(work_id)
+        leases = item.leases if item is not None else []
+        return next((lease for lease in leases if not lease.heartbeats), None)
+
+    # ---------------------------------------------------------------- inside: workers
+
+    def _know(self, name: str, now: float) -> Worker:
+        worker = self.workers.get(name)
+        if worker is None:
+            worker = self.workers[name] = Worker(name, last_seen_at=now, backend_up_since=now)
+            worker.leases = {s: x for s, x in self.leases.items() if x.worker == name}
+        worker.last_seen_at = now
+        return worker
+
+    def _return_unnamed(
+        self, worker: Worker, held: Mapping[tuple[int, int], int], now: float
+    ) -> None:
+        """Take back leases the worker does not know of: the reply that gave them was lost."""
+        if len(worker.leases) == sum(serial in worker.leases for _, serial in held):
+            return
+        named = {serial for _, serial in held}
+        for lease in [x for x in worker.leases.values() if x.serial not in named]:
+            lease.missed_heartbeats += 1
+            old = now - lease.issued_at > self.policy.lease_term_s
+            if lease.missed_heartbeats >= 2 and old:
+                self._end(lease, "returned", "the reply that handed it out was lost", now)
+
+    def _expire_workers(self, now: float) -> None:
+        term_s = self.policy.lease_term_s
+        watched = [w for w in self.workers.values() if w.heartbeats]
+        overdue = [w for w in watched if w.vanished_at is None and now - w.last_seen_at > term_s]
+        if overdue:
+            for worker in overdue:
+                worker.vanished_at = now
+            recent = [w for w in watched if w.vanished_at is not None]
+            recent = [w for w in recent if now - (w.vanished_at or 0) <= term_s]
+            present = [w for w in watched if w.vanished_at is None]
+            # When so many go at once it is the network, the scheduler or this server.
+            mass = len(recent) >= self.policy.mass_vanish_least and (
+                len(recent) * 3 > len(recent) + len(present)
+            )
+            for worker in overdue:
+                self._end_vanished(worker, blame=not mass, now=now)
+            if mass:
+                for worker in recent:
+                    self._absolve(worker, now)
+        forget_before = now - _FORGET_AFTER_TERMS * term_s
+        gone = [w for w in self.workers.values() if w.last_seen_at < forget_before]
+        for worker in gone:
+            if not worker.leases:
+                del self.workers[worker.name]
+
+    def _end_vanished(self, worker: Worker, *, blame: bool, now: float) -> None:
+        for lease in list(worker.leases.values()):
+            worker.cut_off[lease.serial] = lease.work_id
+            if blame and lease.progress > 0:
+                worker.blamed.append((lease.work_id, lease.solo))
+                self._end(lease, "crashed", "the worker vanished", now)
+            else:
+                self._end(lease, "returned", "the worker vanished", now)
+        worker.idle_want = 0
+
+    def _welcome_back(
+        self, worker: Worker, held: Mapping[tuple[int, int], int], now: float
+    ) -> None:
+        """The worker was cut off, not dead: take blame back, let it keep what nobody else has."""
+        worker.vanished_at = None
+        self._absolve(worker, now)
+        for work_id, serial in held:
+            item = self.items.get(work_id)
+            was_cut_off = worker.cut_off.get(serial) == work_id
+            if item is not None and was_cut_off and item.queued and not item.leases:
+                self._record(Issued(work_id, serial, worker.name, True, False), now)
+                lease = self.leases[serial]
+                heapq.heappush(self._deadlines, (self._deadline(lease, now), serial))
+        worker.cut_off.clear()
+
+    def _absolve(self, worker: Worker, now: float) -> None:
+        for work_id, charged in worker.blamed:
+            if work_id in self.items:
+                self._record(Absolved(work_id, charged), now)
+        worker.blamed.clear()
+
+    def _call_back(self, now: float) -> None:
+        """Ask slow workers for unstarted items when others are idle and nothing else is left."""
+        if not self.policy.backups or self.ready_count or self.may_open():
+            return
+        idle = {w.name: w.idle_want for w in self.workers.values() if w.idle_want}
+        wanted = sum(idle.values()) - sum(lease.recalled for lease in self.leases.values())
+        if not idle or wanted <= 0:
+            return
+        busy = [w for w in self.workers.values() if w.leases and w.name not in idle]
+        for worker in sorted(busy, key=lambda w: -w.seconds_to_clear(now)):
+            for lease in reversed(worker.leases.values()):
+                if wanted and lease.unstarted and not lease.recalled:
+                    lease.recalled = True
+                    wanted -= 1
+
+    # ---------------------------------------------------------------- inside: time
+
+    def _deadline(self, lease: Lease, now: float) -> float:
+        worker = self.workers.get(lease.worker) if lease.heartbeats else None
+        if worker is None:
+            return lease.issued_at + self.policy.work_timeout_s
+        since = max(lease.progressed_at, worker.backend_up_since if worker.backend_up else now)
+        return since + self.policy.work_timeout_s
+
+    def _expire_deadlines(self, now: float) -> None:
+        due = self._deadlines
+        while due and due[0][0] <= now:
+            _, serial = heapq.heappop(due)
+            lease = self.leases.get(serial)
+            if lease is None:
+                continue
+            deadline = self._deadline(lease, now)
+            if deadline > now:  # progress was made since this entry was pushed
+                heapq.heappush(due, (deadline, serial))
+            elif lease.unstarted:
+                self._end(lease, "returned", "held too long without being started", now)
+            else:
+                self._end(lease, "charged", WORK_TIMEOUT, now)
+
+    def _find_overdue(self, now: float) -> Iterable[Lease]:
+        """Leases of started items that run far longer than others did, longest first."""
+        computed_at, overdue = self._overdue
+        if now - computed_at >= 1.0:
+            usual_s = self._durations.quantile_s(self.policy.backup_quantile)
+            overdue = []
+            if usual_s is not None:
+                limit_s = self.policy.backup_factor * usual_s
+                overdue = [
+                    lease
+                    for lease in self.leases.values()
+                    if not lease.unstarted
+                    and not lease.solo
+                    and lease.progress != PROGRESS_UNKNOWN
+                    and now - lease.running_since > limit_s
+                ]
+                overdue.sort(key=lambda lease: lease.running_since)
+            self._overdue = (now, overdue)
+        return overdue
+
+
+WORK_TIMEOUT = "work_timeout"
+"""The end reason of a lease whose item made no progress for `work_timeout_s`."""
+
+MAX_RETRIES_EXCEEDED = "max_retries_exceeded"
+"""The error of the tombstone an item gets when it runs out of reissues."""
+
+
+def _item_state(item: Item) -> ItemState:
+    leases = [LeaseState(x.serial, x.worker, x.heartbeats, x.solo) for x in item.leases]
+    return ItemState(
+        item.work_id,
+        item.offset,
+        item.retries,
+        item.crashes,
+        item.releases,
+        item.attempt,
+        item.owes_charge,
+        item.condemned,
+        leases,
+        item.history,
+    )

@@ -1,0 +1,113 @@
+"""Every error this project raises on purpose.
+
+DispatcherError                 exit code 1
+├── UsageError                  exit code 2: what was typed cannot be right
+│   └── TaskLoadError           the task class cannot be found or set up
+├── StateError                  the run on disk is not what this command expects
+│   ├── CorruptJournalError     a damaged frame with good ones behind it
+│   └── RunLockedError          another process works on the same run
+├── StorageError                a file operation failed
+│   ├── StorageFullError        nothing was changed; the same call may succeed later (507)
+│   └── SyncFailedError         a sync failed: what is on disk is unknown, the process must end
+├── BadRequestError             a client sent something the protocol does not allow (400)
+├── BackendError                a model server cannot be started or used
+├── ServerLostError             exit code 5: the dispatcher server stayed away too long
+└── TaskError                   raised by tasks, caught where a task is run
+    ├── TaskFailed              this item's result is an `__ERROR__` line
+    └── TaskRetry               this item should be tried again from the beginning
+
+A message tells what was wrong, where, and what to do about it, in one sentence or two.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What every command of this project ends with."""
+
+    COMPLETE = 0
+    ERROR = 1
+    USAGE = 2
+    STOPPED = 3
+    COMPLETE_WITH_ERRORS = 4
+    SERVER_LOST = 5
+
+
+class DispatcherError(Exception):
+    """Base of all errors whose message is meant for the user."""
+
+    exit_code: ExitCode = ExitCode.ERROR
+
+
+class UsageError(DispatcherError):
+    """What was typed, or stands in a configuration file, cannot be right."""
+
+    exit_code = ExitCode.USAGE
+
+
+class TaskLoadError(UsageError):
+    """The task class cannot be imported, found or set up."""
+
+
+class StateError(DispatcherError):
+    """The run on disk is not what this command expects."""
+
+
+class CorruptJournalError(StateError):
+    """A journal frame is damaged although good frames follow it."""
+
+
+class RunLockedError(StateError):
+    """Another process works on the same run."""
+
+
+class StorageError(DispatcherError):
+    """A file operation failed."""
+
+
+class StorageFullError(StorageError):
+    """A write failed and was undone; nothing changed and the same call may succeed later."""
+
+
+class SyncFailedError(StorageError):
+    """A sync failed, so what is on disk is unknown; it is never retried."""
+
+
+class BadRequestError(DispatcherError):
+    """A client sent something the protocol does not allow."""
+
+
+class BackendError(DispatcherError):
+    """A model server cannot be started or used."""
+
+
+class ServerLostError(DispatcherError):
+    """The dispatcher server did not answer for longer than the worker may wait."""
+
+    exit_code = ExitCode.SERVER_LOST
+
+
+class TaskError(DispatcherError):
+    """Base of what a task raises to say how its item ends."""
+
+
+class TaskFailed(TaskError):
+    """The item cannot be answered; its output line says so.
+
+    The line is `{"__ERROR__": {"error": error_type, "message": message, "task_data": data}}`.
+    """
+
+    def __init__(self, message: str = "", error_type: str = "task_logic_error") -> None:
+        super().__init__(message)
+        self.message = message
+        self.error_type = error_type
+
+
+class TaskRetry(TaskError):
+    """The item should be tried again from the beginning, as one of its charged reissues."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(message)
+        self.message = message

@@ -1,0 +1,156 @@
+"""The types that travel on the wire (see server/PROTOCOL.md for every call and reply).
+
+The first fields of each type are what existing clients and servers know; everything added
+later has a default, so either side may be older than the other.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+import msgspec
+
+
+class WorkStatus(StrEnum):
+    """What a reply to a call for work means."""
+
+    OK = "OK"
+    ALL_WORK_COMPLETE = "all_work_complete"
+    RETRY = "retry"
+    SERVER_UNAVAILABLE = "server_unavailable"
+
+
+class Outcome(StrEnum):
+    """What became of one submitted result."""
+
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    INVALID = "invalid"
+    WRONG_RUN = "wrong_run"
+    UNKNOWN = "unknown"
+
+
+class WorkItem(msgspec.Struct):
+    """One input line on its way to a worker, and its result on the way back.
+
+    `work_id` is the 0-based line number, `content` the line as text, `retry_count` how many of
+    its reissues were charged, of at most `max_retries` (-1: no limit). `lease` is the right to
+    work on it and must be sent back with the result; `solo` asks that nothing else runs on the
+    same engine meanwhile, because the item was running when engines died.
+    """
+
+    work_id: int
+    content: str
+    result: str | None = None
+    retry_count: int = 0
+    max_retries: int | None = None
+    run: str | None = None
+    lease: str | None = None
+    attempt: int = 1
+    solo: bool = False
+    steps: list[msgspec.Raw] | None = None
+
+    def set_result(self, result: str) -> None:
+        """Attach the result: a string that holds one JSON value on one line."""
+        self.result = result
+
+
+class BatchWorkResponse(msgspec.Struct):
+    """Reply to a call for work; `retry_in` is in seconds and set when status is `retry`."""
+
+    status: WorkStatus
+    retry_in: float | None = None
+    items: list[WorkItem] = msgspec.field(default_factory=list)
+
+
+class ResultItem(msgspec.Struct):
+    """What the server reads of a submitted item; clients may send whole WorkItems."""
+
+    work_id: int
+    result: str | None = None
+    run: str | None = None
+    lease: str | None = None
+
+
+class BatchResultSubmission(msgspec.Struct, omit_defaults=True):
+    """Finished items; with `want`, N more items are asked for in the same call."""
+
+    items: list[WorkItem]
+    worker: str | None = None
+    want: int = 0
+
+
+class BatchResultResponse(msgspec.Struct):
+    """`count` items have their result now; `outcomes` tells each item's fate, in order."""
+
+    status: WorkStatus
+    count: int = 0
+    outcomes: list[Outcome] = msgspec.field(default_factory=list)
+    work: BatchWorkResponse | None = None
+
+
+class ReleaseItem(msgspec.Struct, omit_defaults=True):
+    """One lease given back. `charge` says whether it counts as one of the item's reissues.
+
+    `reason` is one word or sentence for the item's history; the reason `crash` means that the
+    model server died while the item was running. `steps` is `keep` or `drop`.
+    """
+
+    work_id: int
+    lease: str | None = None
+    charge: bool = True
+    reason: str = "released"
+    steps: str = "keep"
+
+
+class ReleaseWorkRequest(msgspec.Struct, omit_defaults=True):
+    """Items given back unfinished: by id alone (charged) or one by one with their leases."""
+
+    work_ids: list[int] = msgspec.field(default_factory=list)
+    items: list[ReleaseItem] = msgspec.field(default_factory=list)
+    worker: str | None = None
+
+
+class ReleaseWorkResponse(msgspec.Struct):
+    """`released_count` leases ended by this call."""
+
+    status: WorkStatus
+    released_count: int = 0
+
+
+class WorkerStats(msgspec.Struct, omit_defaults=True):
+    """A worker's totals since it started, for progress displays."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    in_flight: int = 0
+
+
+class HeartbeatRequest(msgspec.Struct, omit_defaults=True):
+    """A worker is alive and holds these leases.
+
+    `held` maps each lease to its progress: 0 while the item waits on the worker, then a number
+    that grows with every step. `lag_s` is how late the worker's event loop runs.
+    """
+
+    worker: str
+    held: dict[str, int] = msgspec.field(default_factory=dict)
+    backend: str = "up"
+    lag_s: float = 0.0
+    stats: WorkerStats | None = None
+
+
+class HeartbeatResponse(msgspec.Struct):
+    """`done`: drop it; `lost`: keep going, the result is welcome; `back`: give back if unstarted.
+
+    `pause` asks the worker to start nothing new. `lease_term_s` is how long the server waits for
+    the next heartbeat before it believes the worker dead.
+    """
+
+    status: WorkStatus
+    lease_term_s: float = 30.0
+    done: list[str] = msgspec.field(default_factory=list)
+    lost: list[str] = msgspec.field(default_factory=list)
+    back: list[str] = msgspec.field(default_factory=list)
+    pause: bool = False

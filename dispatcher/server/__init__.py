@@ -1,0 +1,1 @@
+"""The HTTP server: hands out lines, takes results. See PROTOCOL.md."""

@@ -1,0 +1,724 @@
+"""The queue's verbs over storage, without HTTP: the server and file mode both call these.
+
+Each verb decides at once, in memory (core/work_queue.py), queues the events that came of it for
+the writer thread, and answers when they are on disk. Many callers share one write: what queues
+while a batch is being written forms the next batch (group commit).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import datetime
+import json
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+import msgspec
+
+from dispatcher import __version__
+from dispatcher.config import RunSettings
+from dispatcher.core.events import Counters, Event, Finished, QueueState, Tombstoned
+from dispatcher.core.work_queue import (
+    MAX_RETRIES_EXCEEDED,
+    Grant,
+    WorkQueue,
+    parse_lease_id,
+)
+from dispatcher.errors import DispatcherError, StateError, StorageFullError, SyncFailedError
+from dispatcher.models import (
+    BatchWorkResponse,
+    HeartbeatRequest,
+    HeartbeatResponse,
+    Outcome,
+    ReleaseItem,
+    ResultItem,
+    WorkerStats,
+    WorkItem,
+    WorkStatus,
+)
+from dispatcher.storage.files import Files
+from dispatcher.storage.journal import RunHeader, encode_record
+from dispatcher.storage.run_state import (
+    JOURNAL_DIR,
+    RunLock,
+    load_run_file,
+    make_state_dir,
+    save_run_file,
+)
+from dispatcher.storage.source import InputLine, LineSource, open_source
+from dispatcher.storage.writer import Batch, RunWriter
+
+T = TypeVar("T")
+
+REPLY_BYTES = 32 << 20
+"""Input text handed out in one reply, at most (but always one item)."""
+
+_SCAN_LINES = 1024
+_SCAN_BYTES = 4 << 20
+_TICK_S = 1.0
+_FULL_PAUSE_S = 1.0
+_POLL_AGAIN_S = 0.2
+_ERROR_MARK = b'{"__ERROR__"'
+_check_json = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+class AwakeClock:
+    """Seconds this process was really running: a stopped or overloaded server charges nobody."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, longest_s: float = 5.0) -> None:
+        self._clock = clock
+        self._longest_s = longest_s
+        self._last = clock()
+        self._now = 0.0
+
+    def now(self) -> float:
+        """Return the time; a gap between two calls counts as `longest_s` at most."""
+        current = self._clock()
+        self._now += min(max(0.0, current - self._last), self._longest_s)
+        self._last = current
+        return self._now
+
+
+class DispatchService:
+    """One run: hands out its lines, takes its results, keeps it on disk.
+
+    `finished` is set when the output is complete and synced. `failure` is set when the run
+    cannot go on in this process; every verb raises it from then on.
+    """
+
+    def __init__(
+        self,
+        settings: RunSettings,
+        *,
+        files: Files | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.settings = settings
+        self.run_id = ""
+        self.epoch = 0
+        self.finished = asyncio.Event()
+        self.failure: DispatcherError | None = None
+        self.stopped = asyncio.Event()
+        self.workers_told: set[str] = set()
+        self.worker_stats: dict[str, WorkerStats] = {}
+        self.queue = WorkQueue(settings.policy)
+        self.invalid_results = 0
+        self.duplicate_results = 0
+        self._clock = AwakeClock(clock)
+        self._files = files or Files()
+        self._lock = RunLock(settings.state_dir)
+        self._writer: RunWriter | None = None
+        self._source: LineSource | None = None
+        self._lines: deque[InputLine] = deque()
+        self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        self._read_thread = ThreadPoolExecutor(1, thread_name_prefix="input")
+        self._fill_lock = asyncio.Lock()
+        self._batch = Batch()
+        self._batch_done: asyncio.Future[None] | None = None
+        self._writing: asyncio.Future[None] | None = None
+        self._work_queued = asyncio.Event()
+        self._changed: asyncio.Future[None] | None = None
+        self._checkpoint_at = 0.0
+        self._checkpointed_events = 0
+        self._events_written = 0
+        self._full_until = 0.0
+        self._draining = False
+        self._tasks: list[asyncio.Task[None]] = []
+        self._run_file: dict[str, Any] = {}
+
+    # ---------------------------------------------------------------- life
+
+    async def start(self) -> None:
+        """Take the run's lock, read what is on disk, and go on from there.
+
+        Raises UsageError, StateError or StorageError with what to do about it.
+        """
+        await self._in_writer(self._open)
+        if self.finished.is_set():
+            return
+        self._tasks = [
+            asyncio.create_task(self._guard(self._commit_forever())),
+            asyncio.create_task(self._guard(self._tick_forever())),
+        ]
+        self._work_queued.set()
+
+    async def drain(self) -> None:
+        """Hand out nothing more; results and releases are still taken."""
+        self._draining = True
+        self._notify()
+
+    async def close(self) -> None:
+        """Write what is queued and a checkpoint, and let go of the run."""
+        self._draining = True
+        if self.failure is None and self._writer is not None and not self.finished.is_set():
+            self._checkpoint_at = float("-inf")
+            with contextlib.suppress(DispatcherError):
+                await self._barrier(force=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._notify()
+        if self._writer is not None:
+            await self._in_writer(self._writer.close)
+        self._write_thread.shutdown()
+        self._read_thread.shutdown()
+        if self._source is not None:
+            self._source.close()
+        self._lock.release()
+        self.stopped.set()
+
+    # ---------------------------------------------------------------- verbs
+
+    async def get_work(self, worker: str, count: int, wait_s: float = 0.0) -> BatchWorkResponse:
+        """Hand out up to `count` items, waiting up to `wait_s` for the first one."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_s
+        while True:
+            self._check_usable()
+            items = await self._hand_out(worker, count)
+            left_s = deadline - loop.time()
+            if items or self.queue.is_complete or self._draining or left_s <= 0:
+                break
+            self.queue.note_idle(worker, count)
+            await self._wait_for_change(left_s)
+        self.queue.note_idle(worker, 0)
+        await self._barrier()
+        if items:
+            return BatchWorkResponse(WorkStatus.OK, items=items)
+        if self.queue.is_complete:
+            self.workers_told.add(worker)
+            return BatchWorkResponse(WorkStatus.ALL_WORK_COMPLETE)
+        retry_s = _POLL_AGAIN_S if wait_s and not self._draining else self.settings.retry_s
+        return BatchWorkResponse(WorkStatus.RETRY, retry_in=retry_s)
+
+    async def submit(self, items: Sequence[ResultItem]) -> list[Outcome]:
+        """Take results, each for itself; return what became of each, in order."""
+        self._check_usable()
+        now = self._clock.now()
+        outcomes = [self._take_result(item, now) for item in items]
+        await self._settled()
+        return outcomes
+
+    async def release(self, items: Sequence[ReleaseItem]) -> int:
+        """Take leases back unfinished; return how many there were."""
+        self._check_usable()
+        now = self._clock.now()
+        released = 0
+        for item in items:
+            named = parse_lease_id(item.lease) if item.lease is not None else None
+            if item.lease is not None and named is None:
+                continue
+            released += self.queue.release(
+                item.work_id,
+                named[1] if named else None,
+                charge=item.charge,
+                reason=item.reason[:500],
+                keep_steps=item.steps != "drop",
+                now=now,
+            )
+        await self._settled()
+        return released
+
+    async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatResponse:
+        """Note that a worker is alive and what it holds; say what it should let go of."""
+        self._check_usable()
+        held = {
+            lease: progress
+            for text, progress in request.held.items()
+            if (lease := parse_lease_id(text)) is not None
+        }
+        verdict = self.queue.heartbeat(
+            request.worker, held, backend_up=request.backend != "down", now=self._clock.now()
+        )
+        if request.stats is not None:
+            self.worker_stats[request.worker] = request.stats
+        await self._settled()
+        return HeartbeatResponse(
+            WorkStatus.OK,
+            lease_term_s=self.queue.policy.lease_term_s,
+            done=verdict.done,
+            lost=verdict.lost,
+            back=verdict.back,
+        )
+
+    def set_work_timeout(self, timeout_s: float) -> None:
+        """Change the work timeout, also for items already handed out."""
+        self.queue.set_work_timeout(timeout_s, self._clock.now())
+
+    def status(self) -> dict[str, Any]:
+        """Return what a person wants to know; the first six names are those of older servers."""
+        queue, counters = self.queue, self.queue.counters
+        totals = list(self.worker_stats.values())
+        state = (
+            "complete" if self.finished.is_set() else "draining" if self._draining else "running"
+        )
+        return {
+            "last_processed_work_id": queue.first_open - 1,
+            "next_work_id": queue.next_work_id,
+            "issued": len(queue.leases),
+            "pending": queue.waiting_count,
+            "heap_size": queue.ready_count,
+            "expired_reissues": counters.expired,
+            "state": state,
+            "run": self.run_id,
+            "epoch": self.epoch,
+            "done": counters.done,
+            "failed": counters.failed,
+            "total": self._total(),
+            "total_is_exact": queue.input_ended,
+            "written": self._writer.output.written if self._writer else 0,
+            "waiting_for": queue.first_open if queue.waiting_count else None,
+            "workers": sum(w.vanished_at is None for w in queue.workers.values()),
+            "charged": counters.charged,
+            "crashed": counters.crashed,
+            "released": counters.released,
+            "returned": counters.returned,
+            "tombstones": counters.tombstones,
+            "duplicate_results": self.duplicate_results,
+            "invalid_results": self.invalid_results,
+            "requests": sum(s.requests for s in totals),
+            "prompt_tokens": sum(s.prompt_tokens for s in totals),
+            "completion_tokens": sum(s.completion_tokens for s in totals),
+            "requests_in_flight": sum(s.in_flight for s in totals),
+            "work_timeout_s": queue.policy.work_timeout_s,
+            "max_retries": queue.policy.max_retries,
+            "output_error": self._writer.output_error if self._writer else None,
+        }
+
+    def _total(self) -> int:
+        """Estimate the number of lines from the bytes read so far; exact once all were read."""
+        queue = self.queue
+        if queue.input_ended or self._source is None or not queue.next_offset:
+            return queue.next_work_id
+        return round(queue.next_work_id * self._source.size_bytes / queue.next_offset)
+
+    # ---------------------------------------------------------------- handing out
+
+    async def _hand_out(self, worker: str, count: int) -> list[WorkItem]:
+        queue, now = self.queue, self._clock.now()
+        if self._draining:
+            return []
+        grants = queue.lease_ready(worker, count, now)
+        solo = any(grant.solo for grant in grants)
+        texts: dict[int, str] = {}
+        size = 0
+        while len(grants) < count and not solo and queue.may_open() and size < REPLY_BYTES:
+            if not self._lines:
+                await self._fill_lines()
+                if queue is not self.queue:
+                    raise StorageFullError(_NOT_KEPT)
+                continue
+            line = self._lines.popleft()
+            work_id = queue.open_line(line.offset, line.next_offset)
+            self._note_input_end()
+            if line.defect is not None:
+                queue.tombstone(work_id, line.defect, self._refusal(work_id, line), now)
+                continue
+            grants.append(queue.lease(work_id, worker, now))
+            texts[work_id] = line.text
+            size += len(line.text)
+        if not grants:
+            grants = queue.lease_backup(worker, count, now)
+        self._queue_events()
+        again = [grant for grant in grants if grant.work_id not in texts]
+        if again:
+            lines = await self._in_reader(self._fetch, [grant.offset for grant in again])
+            texts |= {grant.work_id: line.text for grant, line in zip(again, lines, strict=True)}
+        return [self._work_item(grant, texts[grant.work_id]) for grant in grants]
+
+    def _work_item(self, grant: Grant, text: str) -> WorkItem:
+        return WorkItem(
+            work_id=grant.work_id,
+            content=text,
+            retry_count=grant.retries,
+            max_retries=self.queue.policy.max_retries,
+            run=self.run_id,
+            lease=grant.lease,
+            attempt=grant.attempt,
+            solo=grant.solo,
+        )
+
+    async def _fill_lines(self) -> None:
+        async with self._fill_lock:
+            if self._lines or self._source is None:
+                return
+            queue = self.queue
+            offset = queue.next_offset
+            lines = await self._in_reader(self._source.scan, offset, _SCAN_LINES, _SCAN_BYTES)
+            if queue is self.queue:
+                self._lines.extend(lines)
+
+    def _fetch(self, offsets: list[int]) -> list[InputLine]:
+        assert self._source is not None
+        return [self._source.fetch(offset) for offset in offsets]
+
+    def _note_input_end(self) -> None:
+        assert self._source is not None
+        if self.queue.next_offset >= self._source.size_bytes:
+            self.queue.end_of_input()
+
+    def _refusal(self, work_id: int, line: InputLine) -> bytes:
+        assert self._source is not None
+        said = {
+            "blank_line": "the line is blank",
+            "undecodable_line": "the line is not UTF-8",
+            "line_too_long": (
+                f"the line is longer than --max-line-bytes {self.settings.max_line_bytes}; "
+                "original_content holds its beginning"
+            ),
+        }
+        error = {
+            "error": line.defect,
+            "work_id": work_id,
+            "message": said[line.defect or ""],
+            "original_content": line.text,
+        }
+        return _dump({"__ERROR__": error})
+
+    # ---------------------------------------------------------------- taking back
+
+    def _take_result(self, item: ResultItem, now: float) -> Outcome:
+        if item.run is not None and item.run != self.run_id:
+            return Outcome.WRONG_RUN
+        named = parse_lease_id(item.lease) if item.lease is not None else None
+        serial = named[1] if named and named[0] == item.work_id else None
+        result = self._valid_result(item.result)
+        if result is None:
+            if not 0 <= item.work_id < self.queue.next_work_id:
+                return Outcome.UNKNOWN
+            self.invalid_results += 1
+            self.queue.fail(item.work_id, serial, "the result is not JSON on one line", now)
+            return Outcome.INVALID
+        failed = result.startswith(_ERROR_MARK)
+        outcome = self.queue.finish(item.work_id, serial, result, failed=failed, now=now)
+        self.duplicate_results += outcome is Outcome.DUPLICATE
+        return outcome
+
+    def _valid_result(self, text: str | None) -> bytes | None:
+        """Return the result as the output's bytes, or None when it is not JSON on one line."""
+        if text is None or "\n" in text or "\r" in text:
+            return None
+        try:
+            result = text.strip().encode("utf-8")
+            _check_json(result)
+        except (UnicodeEncodeError, msgspec.DecodeError):
+            return None
+        return result if len(result) <= self.settings.max_result_bytes else None
+
+    async def _settled(self) -> None:
+        """Give condemned items their tombstone, then wait until all of it is on disk."""
+        await self._bury_condemned()
+        self._queue_events()
+        if self.queue.ready_count or self.queue.is_complete:
+            self._notify()
+        await self._barrier()
+
+    async def _bury_condemned(self) -> None:
+        queue = self.queue
+        for work_id in queue.condemned_ids():
+            item = queue.items[work_id]
+            (line,) = await self._in_reader(self._fetch, [item.offset])
+            error = {
+                "error": MAX_RETRIES_EXCEEDED,
+                "work_id": work_id,
+                "original_content": line.text,
+                "attempts": [msgspec.structs.asdict(ended) for ended in item.history],
+            }
+            if queue is not self.queue:
+                return
+            if item.condemned:
+                tombstone = _dump({"__ERROR__": error})
+                queue.tombstone(work_id, MAX_RETRIES_EXCEEDED, tombstone, self._clock.now())
+
+    # ---------------------------------------------------------------- waiting
+
+    async def _wait_for_change(self, timeout_s: float) -> None:
+        if self._changed is None or self._changed.done():
+            self._changed = asyncio.get_running_loop().create_future()
+        await asyncio.wait([self._changed], timeout=timeout_s)
+
+    def _notify(self) -> None:
+        """Let waiting calls for work look again."""
+        if self._changed is not None and not self._changed.done():
+            self._changed.set_result(None)
+
+    async def _barrier(self, *, force: bool = False) -> None:
+        """Return when everything decided so far is on disk. Raises StorageFullError."""
+        self._queue_events()
+        if self._batch.records or force:
+            if self._batch_done is None:
+                self._batch_done = asyncio.get_running_loop().create_future()
+                self._work_queued.set()
+            await asyncio.shield(self._batch_done)
+        elif self._writing is not None:
+            await asyncio.shield(self._writing)
+
+    def _check_usable(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+        if time.monotonic() < self._full_until:
+            raise StorageFullError(_NOT_KEPT)
+
+    # ---------------------------------------------------------------- writing
+
+    def _queue_events(self) -> None:
+        for event in self.queue.take_events():
+            self._add_to_batch(event)
+        if self._batch.records:
+            self._work_queued.set()
+
+    def _add_to_batch(self, event: Event) -> None:
+        record = encode_record(event)
+        if isinstance(event, Finished | Tombstoned):
+            self._batch.add_result(record, event.work_id, bytes(event.result))
+        else:
+            self._batch.add(record)
+
+    async def _commit_forever(self) -> None:
+        """Swap the batch, write it, tell everybody who waits for it; again."""
+        while not self.finished.is_set():
+            await self._work_queued.wait()
+            self._work_queued.clear()
+            batch, done = self._swap_batch()
+            self._writing = done
+            try:
+                assert self._writer is not None
+                await self._in_writer(self._writer.write, batch)
+            except StorageFullError as error:
+                await self._undo(done, error)
+            except SyncFailedError as error:
+                _fail(done, error)
+                raise
+            else:
+                done.set_result(None)
+                self._events_written += len(batch.records)
+                await self._after_write()
+            finally:
+                self._writing = None
+
+    def _swap_batch(self) -> tuple[Batch, asyncio.Future[None]]:
+        self._queue_events()
+        batch, done = self._batch, self._batch_done
+        self._batch, self._batch_done = Batch(), None
+        batch.prefix = self.queue.first_open
+        # From here on a tombstone of the prefix may be in the output, so no result replaces it.
+        self.queue.note_written(batch.prefix)
+        assert self._writer is not None
+        now = self._clock.now()
+        due = now - self._checkpoint_at >= self.settings.checkpoint_every_s
+        full = self._writer.output.unsynced_bytes >= self.settings.checkpoint_every_bytes
+        if full or (due and self._events_written > self._checkpointed_events):
+            batch.state = self.queue.checkpoint()
+            self._checkpoint_at = now
+            self._checkpointed_events = self._events_written + 1
+        return batch, done or asyncio.get_running_loop().create_future()
+
+    async def _after_write(self) -> None:
+        assert self._writer is not None
+        writer = self._writer
+        behind = writer.output.written < self.queue.first_open
+        if behind and writer.output_error is None:
+            self._work_queued.set()
+        if self.queue.is_complete and not behind and not self._batch.records:
+            await self._complete()
+
+    async def _undo(self, done: asyncio.Future[None], error: StorageFullError) -> None:
+        """The batch is not on disk: go back to what the journal says."""
+        assert self._writer is not None
+        self._full_until = time.monotonic() + _FULL_PAUSE_S
+        now = self._clock.now()
+        recovered = await self._in_writer(self._writer.read_journal, self.queue.policy, now)
+        recovered.queue.adopt_workers(self.queue.workers.values(), now)
+        # Calls that went on with the old queue meanwhile decided on what never happened; they
+        # see that `self.queue` is another one, or fail with the batch they wait for.
+        failed_too, self._batch, self._batch_done = self._batch_done, Batch(), None
+        self.queue = recovered.queue
+        self._lines.clear()
+        self._note_input_end()
+        _fail(done, error)
+        if failed_too is not None:
+            _fail(failed_too, error)
+
+    async def _complete(self) -> None:
+        assert self._writer is not None
+        size = await self._in_writer(self._writer.complete)
+        counters = self.queue.counters
+        self._run_file |= {
+            "state": "complete",
+            "ended_at": _utc_now(),
+            "output_bytes": size,
+            "summary": msgspec.to_builtins(counters),
+        }
+        await self._in_writer(save_run_file, self.settings.state_dir, self._run_file, self._files)
+        await self._in_writer(self._writer.remove_journal)
+        self.finished.set()
+        self._notify()
+
+    # ---------------------------------------------------------------- time
+
+    async def _tick_forever(self) -> None:
+        """Let deadlines pass on the server's own clock, not only when somebody polls."""
+        while True:
+            await asyncio.sleep(min(_TICK_S, self.queue.policy.lease_term_s / 4))
+            now = self._clock.now()
+            if time.monotonic() < self._full_until:
+                continue
+            self.queue.expire(now)
+            await self._bury_condemned()
+            self._queue_events()
+            assert self._writer is not None
+            if (
+                self._writer.output.written < self.queue.first_open
+                or now - self._checkpoint_at >= self.settings.checkpoint_every_s
+            ):
+                self._work_queued.set()
+            self._notify()  # an idle worker may get a copy of an item that runs too long
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run a background loop; what ends it ends the run in this process."""
+        try:
+            await work
+        except DispatcherError as error:
+            self._stop(error)
+        except Exception as error:
+            # A defect of ours: stop acknowledging, tell every caller, and let it be seen.
+            self._stop(DispatcherError(f"the run stopped: {type(error).__name__}: {error}"))
+            raise
+
+    def _stop(self, failure: DispatcherError) -> None:
+        self.failure = failure
+        for waiting in (self._writing, self._batch_done):
+            if waiting is not None:
+                _fail(waiting, failure)
+        self.stopped.set()
+        self._notify()
+
+    # ---------------------------------------------------------------- opening
+
+    def _open(self) -> None:
+        """Find out what is on disk: nothing, a run to go on with, or a complete one."""
+        settings = self.settings
+        make_state_dir(settings.state_dir)
+        self._lock.acquire()
+        self._source = open_source(settings.infile, settings.state_dir, settings.max_line_bytes)
+        fingerprint = self._source.fingerprint()
+        self._run_file = load_run_file(settings.state_dir) or {}
+        self._writer = RunWriter(settings.state_dir / JOURNAL_DIR, settings.outfile, self._files)
+        if self._run_file.get("state") == "complete":
+            self._check_fingerprint(self._run_file.get("fingerprint", {}), fingerprint)
+            self._open_complete()
+            return
+        if self._writer.has_journal:
+            recovered = self._writer.read_journal(settings.policy, self._clock.now())
+            self._check_fingerprint(recovered.header.fingerprint, fingerprint)
+            self.queue = recovered.queue
+            self.run_id, self.epoch = recovered.header.run_id, recovered.header.epoch + 1
+        else:
+            self._check_no_output()
+            self.run_id, self.epoch = secrets.token_hex(8), 1
+        self._note_input_end()
+        header = RunHeader(self.run_id, self.epoch, fingerprint, self._describe_settings())
+        self._writer.begin(header, self.queue.checkpoint())
+        self.queue.note_written(self._writer.output.written)
+        self._run_file = {
+            "run": self.run_id,
+            "state": "running",
+            "version": __version__,
+            "started_at": self._run_file.get("started_at", _utc_now()),
+            "fingerprint": fingerprint,
+            "settings": self._describe_settings(),
+        }
+        save_run_file(settings.state_dir, self._run_file, self._files)
+
+    def _open_complete(self) -> None:
+        """The run is complete: there is nothing to hand out, and nothing is touched."""
+        settings = self.settings
+        size = settings.outfile.stat().st_size if settings.outfile.exists() else None
+        if size != self._run_file.get("output_bytes"):
+            raise StateError(
+                f"{settings.state_dir} says that its run is complete, but {settings.outfile} is "
+                "not the output it wrote; restore the output, or remove the state directory to "
+                "start anew"
+            )
+        self.run_id = str(self._run_file.get("run", ""))
+        counters = msgspec.convert(self._run_file.get("summary", {}), Counters)
+        total = counters.done
+        self.queue.restore(QueueState(total, total, 0, 1, counters, []), self._clock.now())
+        self.queue.end_of_input()
+        self.finished.set()
+
+    def _check_fingerprint(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        if before == now:
+            return
+        changed = "its content"
+        if before.get("size") != now["size"]:
+            changed = f"its size ({before.get('size')} bytes then, {now['size']} now)"
+        raise StateError(
+            f"the input {self.settings.infile} is not the one this run began with: {changed} "
+            "changed; restore it, or start a new run with another --outfile"
+        )
+
+    def _check_no_output(self) -> None:
+        outfile, state_dir = self.settings.outfile, self.settings.state_dir
+        try:
+            occupied = outfile.exists() and (not outfile.is_file() or outfile.stat().st_size > 0)
+        except OSError as error:
+            raise StateError(f"cannot look at the output {outfile}: {error.strerror}") from error
+        if occupied:
+            raise StateError(
+                f"the output {outfile} exists, but {state_dir} holds no run that wrote it; name "
+                "the state directory of its run with --state, or another output"
+            )
+
+    def _describe_settings(self) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "input": str(settings.infile),
+            "output": str(settings.outfile),
+            "state": str(settings.state_dir),
+            "retry_s": settings.retry_s,
+            "max_line_bytes": settings.max_line_bytes,
+            **asdict(settings.policy),
+        }
+
+    # ---------------------------------------------------------------- threads
+
+    async def _in_writer(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._write_thread, call, *args)
+
+    async def _in_reader(self, call: Callable[..., T], *args: Any) -> T:
+        loop = asyncio.get_running_loop()
+        try:
+            return await loop.run_in_executor(self._read_thread, call, *args)
+        except (StateError, OSError) as error:
+            # The input is gone or was cut: nothing can be handed out any more.
+            failure = (
+                error
+                if isinstance(error, StateError)
+                else StateError(f"cannot read the input {self.settings.infile}: {error}")
+            )
+            self._stop(failure)
+            raise failure from error
+
+
+_NOT_KEPT = "the journal cannot be written (is the disk full?); nothing was changed, try again"
+
+
+def _fail(future: asyncio.Future[None], error: DispatcherError) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # seen, even when nobody waits for it
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _utc_now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,143 @@
+"""The input, line by line.
+
+A line ends at LF only; a last line without one counts. The size is fixed when the source is
+opened, so that a file which grows meanwhile does not change the run. Positions are byte offsets:
+`scan` reads on from one, `fetch` reads a single line again, and no content is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dispatcher.errors import StateError, UsageError
+
+_CHUNK_BYTES = 1 << 20
+_SAMPLE_BYTES = 1 << 16
+_SAMPLES = 16
+_BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True, slots=True)
+class InputLine:
+    """One line: its text, or why it cannot be handed out.
+
+    `defect` is one of `blank_line`, `undecodable_line`, `line_too_long`; `text` is then what can
+    be shown of it.
+    """
+
+    offset: int
+    next_offset: int
+    text: str
+    defect: str | None = None
+
+
+class LineSource:
+    """A regular file of lines. Not thread-safe."""
+
+    def __init__(self, path: Path, max_line_bytes: int) -> None:
+        self.path = path
+        self.max_line_bytes = max_line_bytes
+        try:
+            self._file: BinaryIO = path.open("rb", buffering=_CHUNK_BYTES)
+        except OSError as error:
+            raise UsageError(f"cannot read the input {path}: {error.strerror}") from error
+        if stat.S_ISDIR(os.fstat(self._file.fileno()).st_mode):
+            raise UsageError(f"the input {path} is a directory; name a file of lines")
+        self.size_bytes = os.fstat(self._file.fileno()).st_size
+
+    def scan(self, offset: int, max_lines: int, max_bytes: int) -> list[InputLine]:
+        """Return the next lines from `offset`: at least one unless the input ends there."""
+        lines: list[InputLine] = []
+        self._file.seek(offset)
+        end = offset + max_bytes
+        while len(lines) < max_lines and offset < min(end, self.size_bytes):
+            line = self._read_line(offset)
+            lines.append(line)
+            offset = line.next_offset
+        return lines
+
+    def fetch(self, offset: int) -> InputLine:
+        """Return the line that begins at `offset`."""
+        self._file.seek(offset)
+        return self._read_line(offset)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return size and hashes by which a changed input is told; reads at most 1.2 MiB."""
+        last = max(0, self.size_bytes - _SAMPLE_BYTES)
+        middle = hashlib.blake2b(digest_size=16)
+        for number in range(1, _SAMPLES + 1):
+            middle.update(self._sample(self.size_bytes * number // (_SAMPLES + 1)))
+        return {
+            "size": self.size_bytes,
+            "head": hashlib.blake2b(self._sample(0), digest_size=16).hexdigest(),
+            "tail": hashlib.blake2b(self._sample(last), digest_size=16).hexdigest(),
+            "samples": middle.hexdigest(),
+        }
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _sample(self, offset: int) -> bytes:
+        length = min(_SAMPLE_BYTES, self.size_bytes - offset)
+        return os.pread(self._file.fileno(), max(0, length), offset)
+
+    def _read_line(self, offset: int) -> InputLine:
+        left = self.size_bytes - offset
+        limit = self.max_line_bytes + 1
+        raw = self._file.readline(min(limit, left))
+        if not raw:
+            raise StateError(
+                f"the input {self.path} was cut to under {offset} bytes while the run was using "
+                "it; restore it and start the same command again"
+            )
+        next_offset = offset + len(raw)
+        if len(raw) == limit and not raw.endswith(b"\n"):
+            next_offset = self._skip_line(next_offset)
+            shown = raw[:200].decode("utf-8", "replace")
+            return InputLine(offset, next_offset, shown, "line_too_long")
+        if offset == 0:
+            raw = raw.removeprefix(_BOM)
+        raw = raw.removesuffix(b"\n")
+        if not raw.strip():
+            return InputLine(offset, next_offset, "", "blank_line")
+        try:
+            return InputLine(offset, next_offset, raw.decode("utf-8"))
+        except UnicodeDecodeError:
+            shown = raw.decode("utf-8", "replace")
+            return InputLine(offset, next_offset, shown, "undecodable_line")
+
+    def _skip_line(self, offset: int) -> int:
+        while offset < self.size_bytes:
+            part = self._file.readline(min(_CHUNK_BYTES, self.size_bytes - offset))
+            if not part:
+                break
+            offset += len(part)
+            if part.endswith(b"\n"):
+                break
+        return offset
+
+
+def open_source(path: Path, state_dir: Path, max_line_bytes: int) -> LineSource:
+    """Open the input; what cannot be seeked (a pipe) is first copied into the state directory."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        raise UsageError(f"cannot read the input {path}: {error.strerror}") from error
+    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
+        return LineSource(path, max_line_bytes)
+    spool = state_dir / "input.spool"
+    if not spool.exists():
+        partial = spool.with_suffix(".partial")
+        with path.open("rb") as pipe, partial.open("wb") as copy:
+            shutil.copyfileobj(pipe, copy, _CHUNK_BYTES)
+            copy.flush()
+            os.fsync(copy.fileno())
+        partial.rename(spool)
+    return LineSource(spool, max_line_bytes)

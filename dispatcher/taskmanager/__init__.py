@@ -1,0 +1,1 @@
+"""The worker: runs tasks against a model server and reports their results."""
