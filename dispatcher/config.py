@@ -109,6 +109,25 @@ def _set_default(parser: Parser, action: argparse.Action, key: str, value: Any, 
     parser.set_defaults(**{action.dest: value})
 
 
+def argv_of(parser: Parser, args: argparse.Namespace) -> list[str]:
+    """Return the options of `parser` that differ from their defaults, as a command line.
+
+    So a command that starts another one hands on exactly what the user set.
+    """
+    argv: list[str] = []
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if not action.option_strings or value is None or value == action.default:
+            continue
+        option = action.option_strings[0]
+        if action.nargs == 0:
+            argv.append(option)
+        else:
+            # One word, so that a value that begins with a dash is not taken for an option.
+            argv += [f"{option}={v}" for v in (value if isinstance(value, list) else [value])]
+    return argv
+
+
 def number(
     kind: type[int] | type[float], least: float, most: float = float("inf")
 ) -> Callable[[str], Any]:

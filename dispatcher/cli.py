@@ -1,0 +1,53 @@
+"""`dispatcher`: one command with the others as subcommands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from dispatcher import __version__
+from dispatcher.errors import ExitCode
+
+# Each subcommand parses its own options; importing only the one asked for keeps --help quick.
+_COMMANDS = {
+    "run": ("dispatcher.launch", "run a task over a file on this machine"),
+    "server": ("dispatcher.server.cli", "serve a file's lines to task managers"),
+    "task-run": ("dispatcher.taskmanager.cli", "run a task against a model server"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_usage())
+        return ExitCode.COMPLETE if words else ExitCode.USAGE
+    if words[0] == "--version":
+        print(f"dispatcher {__version__}")
+        return ExitCode.COMPLETE
+    if words[0] not in _COMMANDS:
+        print(f"dispatcher: there is no command {words[0]!r}\n{_usage()}", file=sys.stderr)
+        return ExitCode.USAGE
+    module, _ = _COMMANDS[words[0]]
+    code: int = import_module(module).main(words[1:])
+    return code
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {text}" for name, (_, text) in _COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dispatcher COMMAND [options]",
+            "",
+            "Run LLM workflows over very large JSONL files; finished work is never lost.",
+            "",
+            *lines,
+            "",
+            "dispatcher COMMAND --help tells the options of one.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,272 @@
+"""`dispatcher run`: a server and task managers on this machine, as processes, until it is done.
+
+Starts them, restarts one that dies, shows how it goes, and ends them all; it holds no state of
+the run itself, so that stopping it anywhere loses nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from dispatcher.client import AsyncWorkClient
+from dispatcher.config import (
+    Parser,
+    add_run_limits,
+    argv_of,
+    default_state_dir,
+    number,
+    parse,
+)
+from dispatcher.errors import BackendError, DispatcherError, ExitCode, UsageError
+from dispatcher.progress import Display, clock, make_display
+from dispatcher.storage.run_state import load_run_file
+from dispatcher.taskmanager.backend.process import ServerProcess
+from dispatcher.taskmanager.cli import add_backend_options, add_task_options, check_backend
+from dispatcher.taskmanager.task.loading import find_task, parse_task_args
+
+_POLL_S = 0.5
+_RESTARTS = 3
+_RESTART_DELAY_S = 1.0
+_SERVER_READY_S = 120.0
+_WORKERS_STOP_S = 3.0
+_SERVER_STOP_S = 1.5
+_READY = r"dispatcher-server: (?:run \S+ at (http\S+)|(the run is complete))"
+
+
+def build_parser() -> Parser:
+    """Return the command's options."""
+    parser = Parser(
+        prog="dispatcher run",
+        description="Run a task over a file on this machine: starts a server and task managers, "
+        "shows how it goes, and ends with the output complete. The same command goes on where "
+        "it was stopped.",
+        epilog="exit codes: 0 complete, 1 error, 2 usage, 3 stopped and resumable, 4 complete "
+        "with __ERROR__ lines",
+    )
+    add_task_options(parser)
+    files = parser.add_argument_group("files")
+    files.add_argument(
+        "--input", type=Path, required=True, metavar="FILE", help="input, one item a line"
+    )
+    files.add_argument(
+        "--output", type=Path, required=True, metavar="FILE", help="output, one result a line"
+    )
+    files.add_argument(
+        "--state", type=Path, metavar="DIR", help="state directory (default: OUTPUT.dispatch)"
+    )
+    files.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these options")
+    parser.add_argument(
+        "--task-managers",
+        type=number(int, 1, 256),
+        default=1,
+        metavar="N",
+        help="task manager processes, each with a model server of its own",
+    )
+    add_backend_options(parser)
+    add_run_limits(parser)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    try:
+        args = parse(build_parser(), argv)
+        _check(args)
+        return uvloop.run(LocalRun(args).run())
+    except DispatcherError as error:
+        print(f"dispatcher run: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before any process is started."""
+    worker_options = argparse.Namespace(**vars(args))
+    check_backend(worker_options)
+    find_task(args.task)
+    parse_task_args(args.task_arg, args.task_args)
+    if not args.input.exists():
+        raise UsageError(f"cannot read the input {args.input}: there is no such file")
+
+
+@dataclass(slots=True)
+class Child:
+    """One process of the run, and how often it was started again."""
+
+    name: str
+    argv: list[str]
+    log_path: Path
+    process: ServerProcess = field(init=False)
+    restarts: int = 0
+
+    async def start(self) -> None:
+        """Start it, anew if it ran before."""
+        self.process = ServerProcess(self.name, self.argv, self.log_path, {})
+        await self.process.start()
+
+    def last_words(self) -> str:
+        """Return what it said last, without the name it says it under."""
+        lines = [line for line in self.process.last_lines().splitlines() if line.strip()]
+        said = [line for line in lines if line.startswith("dispatcher-")]
+        _, _, text = (said or lines or [": it said nothing"])[-1].partition(": ")
+        return text
+
+
+class LocalRun:
+    """The processes of one run, from start to end."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._args = args
+        self._state_dir = (args.state or default_state_dir(args.output)).absolute()
+        self._log_dir = args.log_dir or self._state_dir / "logs"
+        self._server = Child("the server", self._server_argv(port=0), self._log("server"))
+        self._workers: list[Child] = []
+        self._client: AsyncWorkClient | None = None
+        self._status: dict[str, Any] = {}
+        self._stop = asyncio.Event()
+        self._display: Display = make_display()
+
+    async def run(self) -> int:
+        """Run to the end; return the exit code."""
+        start = time.monotonic()
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(signum, self._stop.set)
+        try:
+            url = await self._start_server()
+            if url is not None:
+                await self._start_workers(url)
+                await self._watch()
+        finally:
+            # However this ends, no process outlives it; a Ctrl-C meanwhile changes nothing.
+            await self._end_processes()
+            self._display.close()
+        return self._summary(time.monotonic() - start)
+
+    # ---------------------------------------------------------------- the three verbs
+
+    async def _start_server(self) -> str | None:
+        """Start the server; return its URL, or None when the run is complete already."""
+        await self._server.start()
+        try:
+            ready = await self._server.process.wait_for_line(_READY, _SERVER_READY_S)
+        except BackendError as error:
+            code = self._server.process.exit_code
+            failure = DispatcherError(self._server.last_words())
+            failure.exit_code = ExitCode(code) if code in (1, 2) else ExitCode.ERROR
+            raise failure from error
+        if ready[2]:
+            return None
+        port = int(ready[1].rpartition(":")[2])
+        # Should it have to be started again, its workers look for it at the same place.
+        self._server.argv = self._server_argv(port)
+        return ready[1]
+
+    async def _start_workers(self, url: str) -> None:
+        self._client = AsyncWorkClient(url)
+        for number_ in range(self._args.task_managers):
+            name = f"task-manager-{number_}"
+            argv = self._worker_argv(url, self._log_dir / name)
+            self._workers.append(Child(name, argv, self._log(name)))
+        for worker in self._workers:
+            await worker.start()
+
+    async def _watch(self) -> None:
+        """Show the run until it is complete or stopped; start again what dies."""
+        assert self._client is not None
+        while not self._stop.is_set():
+            status = await self._client.status()
+            if status:
+                self._status = status
+                self._display.show(status, time.monotonic())
+            complete = self._status.get("state") == "complete"
+            if complete and all(w.process.exit_code is not None for w in self._workers):
+                return
+            if not complete:
+                await self._mend()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), _POLL_S)
+
+    # ---------------------------------------------------------------- inside
+
+    async def _mend(self) -> None:
+        """Start a process that died again, a few times; give up on one that never worked."""
+        for child in (self._server, *self._workers):
+            code = child.process.exit_code
+            if code is None or (code == ExitCode.COMPLETE and child is not self._server):
+                continue
+            if child is self._server and code == ExitCode.COMPLETE:
+                self._status["state"] = "complete"
+                continue
+            never_worked = not self._status.get("next_work_id")
+            if child.restarts >= _RESTARTS or code == ExitCode.USAGE or never_worked:
+                raise DispatcherError(
+                    f"{child.name} ended with exit code {code}: {child.last_words()} "
+                    f"(its log is {child.log_path}; the same command goes on)"
+                )
+            child.restarts += 1
+            self._display.note(f"{child.name} ended with exit code {code}; starting it again")
+            await asyncio.sleep(_RESTART_DELAY_S)
+            await child.start()
+
+    async def _end_processes(self) -> None:
+        """End the workers, which give back what they hold, then the server, which takes it."""
+        await asyncio.gather(*(w.process.stop(_WORKERS_STOP_S) for w in self._workers))
+        if self._client is not None:
+            await self._client.close()
+        with contextlib.suppress(AttributeError):
+            await self._server.process.stop(_SERVER_STOP_S)
+
+    def _summary(self, seconds: float) -> int:
+        run_file = load_run_file(self._state_dir) or {}
+        if run_file.get("state") != "complete":
+            done = self._status.get("done", 0)
+            self._display.note(
+                f"stopped after {clock(seconds)} with {done} lines done; the same command goes on"
+            )
+            return ExitCode.STOPPED
+        summary = run_file.get("summary", {})
+        done, failed = summary.get("done", 0), summary.get("failed", 0)
+        tokens = self._status.get("completion_tokens", 0)
+        self._display.note(
+            f"complete: {done} lines, {failed} with errors, "
+            f"{summary.get('charged', 0)} charged reissues, {tokens} tokens generated, "
+            f"in {clock(seconds)}: {self._args.output}"
+        )
+        if failed:
+            self._display.note(
+                "the lines with errors: grep -n '^{\"__ERROR__\"' " + str(self._args.output)
+            )
+        return ExitCode.COMPLETE_WITH_ERRORS if failed else ExitCode.COMPLETE
+
+    def _log(self, name: str) -> Path:
+        return Path(self._log_dir) / f"{name}.log"
+
+    def _server_argv(self, port: int) -> list[str]:
+        limits = Parser(add_help=False)
+        add_run_limits(limits)
+        files = [f"--infile={self._args.input}", f"--outfile={self._args.output}"]
+        command = [sys.executable, "-m", "dispatcher.server", *files]
+        return [
+            *command,
+            f"--state={self._state_dir}",
+            f"--port={port}",
+            *argv_of(limits, self._args),
+        ]
+
+    def _worker_argv(self, url: str, log_dir: Path) -> list[str]:
+        forwarded = Parser(add_help=False)
+        add_task_options(forwarded)
+        add_backend_options(forwarded)
+        options = argparse.Namespace(**{**vars(self._args), "log_dir": log_dir})
+        command = [sys.executable, "-m", "dispatcher.taskmanager.cli"]
+        return [*command, f"--dispatcher={url}", *argv_of(forwarded, options)]

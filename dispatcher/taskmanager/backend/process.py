@@ -1,0 +1,110 @@
+"""A model server as a child process: started in its own group, logged to a file, ended whole."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from dispatcher.errors import BackendError
+
+_LAST_LINES = 20
+_POLL_S = 0.1
+
+
+class ServerProcess:
+    """One server process and its children. `name` stands in messages, `log_path` gets its output.
+
+    `backend/guard.py` runs in between and ends the group when this process dies.
+    """
+
+    def __init__(
+        self, name: str, command: Sequence[str], log_path: Path, env: Mapping[str, str]
+    ) -> None:
+        self.name = name
+        self.log_path = log_path
+        self._command = list(command)
+        self._env = dict(env)
+        self._process: asyncio.subprocess.Process | None = None
+        self._log_start = 0
+
+    @property
+    def exit_code(self) -> int | None:
+        """Exit code of the process, or None while it runs."""
+        return self._process.returncode if self._process is not None else None
+
+    async def start(self) -> None:
+        """Launch it. Raises BackendError when it cannot be launched."""
+        guard = [sys.executable, "-m", "dispatcher.taskmanager.backend.guard", *self._command]
+        try:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            with self.log_path.open("ab") as log:
+                self._log_start = log.tell()
+                self._process = await asyncio.create_subprocess_exec(
+                    *guard,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, **self._env},
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise BackendError(f"cannot launch {self.name}: {error}") from error
+
+    async def wait_for_line(self, pattern: str, timeout_s: float) -> re.Match[str]:
+        """Return the first match in its output. Raises BackendError when it ends before."""
+        compiled = re.compile(pattern)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while (match := compiled.search(self._output())) is None:
+                    self.check_alive()
+                    await asyncio.sleep(_POLL_S)
+                return match
+        except TimeoutError:
+            raise BackendError(
+                f"{self.name} was not ready within {timeout_s:.0f} s{self._log_hint()}"
+            ) from None
+
+    def check_alive(self) -> None:
+        """Raise BackendError, with the last lines of its log, when it has ended."""
+        assert self._process is not None
+        if (code := self._process.returncode) is not None:
+            raise BackendError(f"{self.name} ended with exit code {code}{self._log_hint()}")
+
+    async def wait(self) -> int:
+        """Return its exit code when it ends."""
+        assert self._process is not None
+        return await self._process.wait()
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """End the whole process group: SIGTERM, and after `grace_s` SIGKILL."""
+        if self._process is None:
+            return
+        group = self._process.pid
+        with contextlib.suppress(ProcessLookupError, TimeoutError):
+            os.killpg(group, signal.SIGTERM)
+            async with asyncio.timeout(grace_s):
+                await self._process.wait()
+        # What outlived the server (its workers, say) goes now.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+        await self._process.wait()
+
+    def last_lines(self) -> str:
+        """Return the end of its log."""
+        return "\n".join(self._output().splitlines()[-_LAST_LINES:])
+
+    def _output(self) -> str:
+        with contextlib.suppress(OSError), self.log_path.open("rb") as log:
+            log.seek(self._log_start)
+            return log.read(1 << 20).decode("utf-8", "replace")
+        return ""
+
+    def _log_hint(self) -> str:
+        lines = self.last_lines()
+        return f"; its log {self.log_path} ends with:\n{lines}" if lines else ""

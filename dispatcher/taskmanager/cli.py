@@ -1,0 +1,356 @@
+"""`dispatcher-task-run`: run a task over a server's items, or over a file."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvloop
+
+from dispatcher.config import Parser, add_run_limits, number, parse, run_settings_of
+from dispatcher.errors import DispatcherError, ExitCode, UsageError
+from dispatcher.models import WorkerStats
+from dispatcher.taskmanager.backend.base import Backend
+from dispatcher.taskmanager.backend.fake import FakeBackend
+from dispatcher.taskmanager.backend.local import DEFAULT_MODEL, MAX_PARALLEL, LocalBackend
+from dispatcher.taskmanager.backend.openai_compatible import Endpoint, OpenAICompatibleBackend
+from dispatcher.taskmanager.backend.vllm import VLLMBackend, VLLMSettings
+from dispatcher.taskmanager.manager import Manager
+from dispatcher.taskmanager.task.base import Task
+from dispatcher.taskmanager.task.loading import load_task, parse_task_args
+from dispatcher.taskmanager.tasksource.dispatcher import DispatcherTaskSource
+from dispatcher.taskmanager.tasksource.file import FileTaskSource
+from dispatcher.taskmanager.tasksource.leased import LeasedSource
+
+BACKENDS = ("vllm", "openai", "local", "fake")
+DEFAULT_WORKERS = 64
+FAKE_MODEL = "fake"
+OPENAI_URL = "https://api.openai.com/v1"
+
+
+def build_parser() -> Parser:
+    """Return the command's options."""
+    parser = Parser(
+        prog="dispatcher-task-run",
+        description="Run a task against a model server: over the items of a dispatcher server "
+        "(--dispatcher), or over a file (--input, --output).",
+    )
+    add_task_options(parser)
+    source = parser.add_argument_group("work")
+    source.add_argument("--dispatcher", metavar="HOST:PORT", help="server to take work from")
+    source.add_argument("--input", type=Path, metavar="FILE", help="file mode: input")
+    source.add_argument("--output", type=Path, metavar="FILE", help="file mode: output")
+    source.add_argument(
+        "--state", type=Path, metavar="DIR", help="file mode: state (default: OUTPUT.dispatch)"
+    )
+    source.add_argument(
+        "--server-timeout",
+        type=number(float, 1),
+        default=600.0,
+        metavar="S",
+        help="seconds without an answer from the server before this worker gives up",
+    )
+    source.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these options")
+    add_backend_options(parser)
+    add_run_limits(parser)
+    return parser
+
+
+def add_task_options(parser: Parser) -> None:
+    """Add what says which task runs, with which parameters."""
+    task = parser.add_argument_group("task")
+    task.add_argument(
+        "--task",
+        required=True,
+        metavar="SPEC",
+        help="module:Class, module.Class or path/file.py:Class",
+    )
+    task.add_argument(
+        "--task-arg",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a parameter of the task (self.args); repeatable",
+    )
+    task.add_argument(
+        "--task-args", type=Path, metavar="FILE", help="YAML file of the task's parameters"
+    )
+
+
+def add_backend_options(parser: Parser) -> None:
+    """Add what says which model server answers, and how many requests it gets."""
+    model = parser.add_argument_group("model server")
+    model.add_argument("--backend", choices=BACKENDS, default="vllm", help="kind of model server")
+    model.add_argument(
+        "--model", metavar="NAME", help=f"model name or path (default of local: {DEFAULT_MODEL})"
+    )
+    model.add_argument(
+        "--base-url",
+        metavar="URL",
+        help=f"--backend openai: the server's URL with /v1 (default: OPENAI_BASE_URL, "
+        f"else {OPENAI_URL})",
+    )
+    model.add_argument(
+        "--api-key-env",
+        default="OPENAI_API_KEY",
+        metavar="NAME",
+        help="--backend openai: environment variable that holds the API key",
+    )
+    model.add_argument(
+        "--no-launch", action="store_true", help="use a model server that runs at --host, --port"
+    )
+    model.add_argument("--host", default="127.0.0.1", help="--no-launch: the server's host")
+    model.add_argument(
+        "--port", type=number(int, 1, 65535), default=8000, help="--no-launch: the server's port"
+    )
+    model.add_argument(
+        "--startup-timeout",
+        type=number(float, 1),
+        default=1800.0,
+        metavar="S",
+        help="seconds the model server may take to start",
+    )
+    model.add_argument(
+        "--request-timeout",
+        type=number(float, 0.1),
+        default=600.0,
+        metavar="S",
+        help="seconds one model request may take",
+    )
+    model.add_argument(
+        "--workers",
+        type=number(int, 1, 65536),
+        metavar="N",
+        help=f"model requests in flight (default: {DEFAULT_WORKERS}; local: {MAX_PARALLEL})",
+    )
+    model.add_argument(
+        "--batch-size",
+        type=number(int, 1, 4096),
+        metavar="N",
+        help="items kept ready ahead of need (default: a quarter of --workers)",
+    )
+    model.add_argument(
+        "--max-model-len", type=number(int, 1), metavar="TOKENS", help="context length limit"
+    )
+    model.add_argument(
+        "--fakellm-args", default="", metavar="ARGS", help="--backend fake: options of fakellm"
+    )
+    model.add_argument(
+        "--log-dir", type=Path, metavar="DIR", help="model server's log (default: a temporary one)"
+    )
+    vllm = parser.add_argument_group("vLLM")
+    vllm.add_argument("--tensor-parallel", type=number(int, 1), default=1, metavar="GPUS")
+    vllm.add_argument("--chat-template", metavar="FILE", help="chat template to use")
+    vllm.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    vllm.add_argument("--silence-vllm-logs", action="store_true", help="log warnings only")
+    vllm.add_argument(
+        "--vllm-extra-args", default="", metavar="ARGS", help="further options of vllm serve"
+    )
+    vllm.add_argument(
+        "--vllm-command",
+        metavar="COMMAND",
+        help="command that starts vLLM's server (default: vllm serve, or its module form)",
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    try:
+        args = parse(build_parser(), argv)
+        _check(args)
+        task_class = load_task(args.task, parse_task_args(args.task_arg, args.task_args))
+        code = uvloop.run(run(args, task_class))
+    except DispatcherError as error:
+        print(f"dispatcher-task-run: {error}", file=sys.stderr)
+        code = int(error.exit_code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if threads_left_behind():
+        # A task's code that blocks for good must not keep the process.
+        os._exit(code)
+    return code
+
+
+def threads_left_behind() -> bool:
+    """Say whether a thread of task code is still running."""
+    import threading
+
+    return any(thread.name == "task-steps" for thread in threading.enumerate())
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse combinations that argparse cannot."""
+    has_files = args.input is not None or args.output is not None
+    if (args.dispatcher is not None) == has_files:
+        raise UsageError("give either --dispatcher HOST:PORT or --input FILE --output FILE")
+    if has_files and (args.input is None or args.output is None):
+        raise UsageError("file mode needs both --input FILE and --output FILE")
+    check_backend(args)
+
+
+def check_backend(args: argparse.Namespace) -> None:
+    """Refuse backend options that cannot work together, and fill in defaults."""
+    if args.model is None:
+        args.model = {"local": DEFAULT_MODEL, "fake": FAKE_MODEL}.get(args.backend)
+    if args.model is None and not args.no_launch:
+        raise UsageError(f"--backend {args.backend} needs --model NAME")
+    if args.no_launch and args.backend in ("local", "fake"):
+        raise UsageError(f"--no-launch does not go with --backend {args.backend}")
+    if args.workers is None:
+        args.workers = MAX_PARALLEL if args.backend == "local" else DEFAULT_WORKERS
+    if args.batch_size is None:
+        args.batch_size = max(2, args.workers // 4)
+
+
+async def run(args: argparse.Namespace, task_class: type[Task]) -> int:
+    """Start the backend, run the manager until the work is done, end everything."""
+    stopping = asyncio.Event()
+    main_task = asyncio.current_task()
+    assert main_task is not None
+
+    def stop() -> None:
+        if not stopping.is_set():
+            stopping.set()
+            main_task.cancel()
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(signum, stop)
+    with contextlib.ExitStack() as stack:
+        log_dir = args.log_dir or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="dispatcher-"))
+        )
+        backend = make_backend(args, log_dir)
+        try:
+            await _run_manager(args, task_class, backend)
+        except asyncio.CancelledError:
+            if not stopping.is_set():
+                raise
+            main_task.uncancel()
+            print("dispatcher-task-run: stopped; what was not finished was given back")
+            return ExitCode.STOPPED
+        finally:
+            await backend.close()
+    return ExitCode.COMPLETE
+
+
+async def _run_manager(args: argparse.Namespace, task_class: type[Task], backend: Backend) -> None:
+    manager: Manager | None = None
+
+    def stats() -> WorkerStats:
+        usage = backend.usage
+        in_flight = manager.requests_in_flight if manager is not None else 0
+        return WorkerStats(usage.requests, usage.prompt_tokens, usage.completion_tokens, in_flight)
+
+    worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    source: LeasedSource
+    if args.dispatcher is not None:
+        source = DispatcherTaskSource(
+            args.dispatcher,
+            task_class,
+            worker=worker,
+            batch_size=args.batch_size,
+            server_timeout_s=args.server_timeout,
+            backend_up=backend.healthy,
+            stats=stats,
+        )
+    else:
+        source = FileTaskSource(
+            run_settings_of(args, args.input, args.output),
+            task_class,
+            worker=worker,
+            batch_size=args.batch_size,
+            backend_up=backend.healthy,
+            stats=stats,
+        )
+        await source.open()
+        if source.service.finished.is_set():
+            print(f"dispatcher-task-run: the run is complete, {args.output} is whole")
+            await source.service.close()
+            return
+    try:
+        await backend.start()
+    except BaseException:
+        await source.give_back([], "the backend did not start")
+        raise
+    manager = Manager(source, backend, workers=args.workers)
+    await manager.run()
+
+
+def make_backend(args: argparse.Namespace, log_dir: Path) -> Backend:
+    """Build the backend that the options describe."""
+    if args.no_launch or args.backend == "openai":
+        return ExistingServer(_endpoint(args), args.startup_timeout)
+    common = {
+        "startup_timeout_s": args.startup_timeout,
+        "request_timeout_s": args.request_timeout,
+        "log_dir": log_dir,
+    }
+    if args.backend == "fake":
+        arguments = split_arguments(args.fakellm_args, "--fakellm-args")
+        return FakeBackend(model=args.model, arguments=arguments, **common)
+    if args.backend == "local":
+        return LocalBackend(
+            model=args.model, parallel=args.workers, context_tokens=args.max_model_len, **common
+        )
+    command = args.vllm_command
+    settings = VLLMSettings(
+        model=args.model,
+        tensor_parallel=args.tensor_parallel,
+        max_model_len=args.max_model_len,
+        chat_template=args.chat_template,
+        enforce_eager=args.enforce_eager,
+        extra_args=split_arguments(args.vllm_extra_args, "--vllm-extra-args"),
+        command=split_arguments(command, "--vllm-command") if command is not None else None,
+        quiet=args.silence_vllm_logs,
+    )
+    return VLLMBackend(settings, **common)
+
+
+class ExistingServer(OpenAICompatibleBackend):
+    """A model server that somebody else started."""
+
+    def __init__(self, endpoint: Endpoint, startup_timeout_s: float) -> None:
+        super().__init__(endpoint)
+        self._startup_timeout_s = startup_timeout_s
+
+    async def start(self) -> None:
+        """Return when it answers. Raises BackendError after the start-up time-out."""
+        await super().start()
+        await self.wait_until_serving(self._startup_timeout_s)
+
+
+def _endpoint(args: argparse.Namespace) -> Endpoint:
+    url = args.base_url
+    if url is None and args.no_launch:
+        host = f"[{args.host}]" if ":" in args.host else args.host
+        url = f"http://{host}:{args.port}/v1"
+    if url is None:
+        url = os.environ.get("OPENAI_BASE_URL", OPENAI_URL)
+    key = os.environ.get(args.api_key_env) or os.environ.get("VLLM_API_KEY")
+    return Endpoint(url, args.model, key, args.request_timeout)
+
+
+def split_arguments(text: str, option: str) -> list[str]:
+    """Split an option that holds command-line arguments, as a shell would."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r}: {error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Where items come from and where their results go."""

@@ -1,0 +1,124 @@
+"""Work from a dispatcher server, with heartbeats from a thread of their own.
+
+The thread has its own connection and event-loop-free client, so that a task which holds up this
+process's event loop does not cost the worker its leases.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from dispatcher.client import AsyncWorkClient, WorkClient
+from dispatcher.errors import BadRequestError
+from dispatcher.models import HeartbeatRequest, HeartbeatResponse, WorkerStats, WorkStatus
+from dispatcher.taskmanager.task.base import Task
+from dispatcher.taskmanager.tasksource.base import Assignment
+from dispatcher.taskmanager.tasksource.leased import LeasedSource
+
+_HEARTBEAT_TIMEOUT_S = 10.0
+_BEATS_PER_TERM = 3
+_LONGEST_PAUSE_S = 5.0
+_FIRST_TERM_S = 30.0
+
+log = logging.getLogger(__name__)
+
+
+class Heartbeats:
+    """Sends a heartbeat three times a lease term, at least every 5 s, until stopped."""
+
+    def __init__(
+        self,
+        address: str,
+        describe: Callable[[], HeartbeatRequest],
+        on_reply: Callable[[HeartbeatResponse], None],
+    ) -> None:
+        self._client = WorkClient(address, timeout_s=_HEARTBEAT_TIMEOUT_S)
+        self._describe = describe
+        self._on_reply = on_reply
+        self._loop = asyncio.get_running_loop()
+        self._stop = threading.Event()
+        self._lag_s = 0.0
+        self.first_sent = asyncio.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def start(self) -> None:
+        """Begin; the first heartbeat leaves at once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Send no more; a call under way is not waited for."""
+        self._stop.set()
+
+    def _beat(self) -> None:
+        term_s = _FIRST_TERM_S
+        while not self._stop.is_set():
+            request = self._describe()
+            request.lag_s = round(self._lag_s, 3)
+            try:
+                reply = self._client.heartbeat(request)
+            except BadRequestError as error:
+                log.warning("%s", error)
+                reply = HeartbeatResponse(WorkStatus.SERVER_UNAVAILABLE)
+            if reply.status is WorkStatus.OK:
+                term_s = reply.lease_term_s
+            try:
+                self._loop.call_soon_threadsafe(self._deliver, reply, time.monotonic())
+            except RuntimeError:
+                return  # the loop is closed: the process is ending
+            answered = reply.status is WorkStatus.OK
+            pause_s = min(term_s / _BEATS_PER_TERM, _LONGEST_PAUSE_S)
+            self._stop.wait(pause_s if answered else min(1.0, term_s / 10))
+        self._client.close()
+
+    def _deliver(self, reply: HeartbeatResponse, sent_at: float) -> None:
+        self._lag_s = time.monotonic() - sent_at
+        self.first_sent.set()
+        if reply.status is WorkStatus.OK:
+            self._on_reply(reply)
+
+
+class DispatcherTaskSource(LeasedSource):
+    """Items of a dispatcher server at `address`."""
+
+    def __init__(
+        self,
+        address: str,
+        task_class: type[Task],
+        *,
+        worker: str,
+        batch_size: int,
+        server_timeout_s: float,
+        backend_up: Callable[[], bool],
+        stats: Callable[[], WorkerStats],
+    ) -> None:
+        super().__init__(
+            AsyncWorkClient(address, worker),
+            task_class,
+            worker=worker,
+            batch_size=batch_size,
+            server_timeout_s=server_timeout_s,
+            backend_up=backend_up,
+            stats=stats,
+        )
+        self._heartbeats = Heartbeats(address, self.heartbeat_request, self.take_verdict)
+
+    async def start(self, wanted: Callable[[], int]) -> None:
+        """Make this worker known to the server, then begin to fetch."""
+        self._heartbeats.start()
+        # Leases given before the first heartbeat would be those of a client without any.
+        await self._heartbeats.first_sent.wait()
+        await super().start(wanted)
+
+    async def give_back(self, assignments: list[Assignment], reason: str) -> None:
+        """Stop heartbeats and release everything."""
+        self._heartbeats.stop()
+        await super().give_back(assignments, reason)
+
+    async def close(self) -> None:
+        """Return when everything is reported."""
+        await super().close()
+        self._heartbeats.stop()

@@ -1,0 +1,367 @@
+"""Work under leases, whoever grants them: a server over HTTP, or the service in this process.
+
+Keeps a few items ahead of the manager so that the model server never waits, hands results in
+as batches that ask for more work in the same call, and keeps trying while the server is away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from random import Random
+from typing import Protocol
+
+from dispatcher.core.backoff import delay_s
+from dispatcher.errors import ServerLostError
+from dispatcher.models import (
+    BatchResultResponse,
+    BatchWorkResponse,
+    HeartbeatRequest,
+    HeartbeatResponse,
+    Outcome,
+    ReleaseItem,
+    ReleaseWorkResponse,
+    WorkerStats,
+    WorkItem,
+    WorkStatus,
+)
+from dispatcher.taskmanager.execution import (
+    Answered,
+    Attempt,
+    Raised,
+    WantsRetry,
+    exception_line,
+    task_of_line,
+)
+from dispatcher.taskmanager.execution import Outcome as AttemptOutcome
+from dispatcher.taskmanager.task.base import Task
+from dispatcher.taskmanager.tasksource.base import Assignment, WorkSource
+
+POLL_S = 20.0
+"""How long one call for work may be held open by the server."""
+
+_GIVE_BACK_S = 2.5
+_REPORT_ITEMS = 1024
+_REPORT_BYTES = 16 << 20
+_FIRST_DELAY_S = 0.1
+_LONGEST_DELAY_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Link(Protocol):
+    """The four calls a worker makes; AsyncWorkClient has them."""
+
+    async def get_work(self, batch_size: int = 1, wait_s: float = 0.0) -> BatchWorkResponse:
+        """Ask for work."""
+
+    async def submit_results(self, items: Sequence[WorkItem], want: int = 0) -> BatchResultResponse:
+        """Hand results in, and ask for more work."""
+
+    async def release_work(
+        self, work_ids: Iterable[int] = (), items: Iterable[ReleaseItem] = ()
+    ) -> ReleaseWorkResponse:
+        """Give items back."""
+
+    async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatResponse:
+        """Say what is held."""
+
+    async def close(self) -> None:
+        """Let go of connections."""
+
+
+class LeasedSource(WorkSource):
+    """The worker's side of the protocol. `batch_size` items are kept ready ahead of need."""
+
+    def __init__(
+        self,
+        link: Link,
+        task_class: type[Task],
+        *,
+        worker: str,
+        batch_size: int,
+        server_timeout_s: float,
+        backend_up: Callable[[], bool],
+        stats: Callable[[], WorkerStats],
+    ) -> None:
+        self.worker = worker
+        self._link = link
+        self._task_class = task_class
+        self._batch_size = batch_size
+        self._server_timeout_s = server_timeout_s
+        self._backend_up = backend_up
+        self._stats = stats
+        self._wanted: Callable[[], int] = lambda: 0
+        self._held: dict[str, Assignment] = {}
+        self._buffer: deque[Assignment] = deque()
+        self._results: deque[WorkItem] = deque()
+        self._releases: deque[ReleaseItem] = deque()
+        self._complete = False
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._something_to_send = asyncio.Event()
+        self._something_to_take = asyncio.Event()
+        self._exchange: asyncio.Task[None] | None = None
+        self._poll: asyncio.Task[None] | None = None
+        self._away_since: float | None = None
+        self._failed_calls = 0
+        self._rng = Random(worker)
+
+    # ---------------------------------------------------------------- what the manager calls
+
+    async def start(self, wanted: Callable[[], int]) -> None:
+        """Begin to fetch."""
+        self._wanted = wanted
+        self._exchange = asyncio.ensure_future(self._exchange_forever())
+        self._exchange.add_done_callback(self._note_end)
+        self._something_to_send.set()
+
+    async def next(self) -> Assignment | None:
+        """Return the next item, or None when the run is complete."""
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if self._buffer:
+                assignment = self._buffer.popleft()
+                self._something_to_send.set()
+                return assignment
+            if self._complete:
+                return None
+            self._something_to_take.clear()
+            self._something_to_send.set()
+            await self._something_to_take.wait()
+
+    async def finish(
+        self, assignment: Assignment, attempt: Attempt, outcome: AttemptOutcome
+    ) -> None:
+        """Queue the result or the release for the next exchange."""
+        item: WorkItem = assignment.item
+        match outcome:
+            case Answered(result):
+                item.set_result(result)
+                self._results.append(item)
+            case WantsRetry(reason):
+                self._queue_release(item, f"task_retry: {reason}")
+            case Raised(message, place):
+                log.warning("line %d: the task raised %s (%s)", item.work_id, message, place)
+                if _is_last_attempt(item):
+                    item.set_result(exception_line(outcome, item))
+                    self._results.append(item)
+                else:
+                    self._queue_release(item, f"task_exception: {message} ({place})")
+        self._something_to_send.set()
+
+    async def give_back(self, assignments: list[Assignment], reason: str) -> None:
+        """Report what is finished and release the rest, within a few seconds."""
+        for task in (self._exchange, self._poll):
+            if task is not None:
+                task.cancel()
+        started = {assignment.key for assignment in assignments}
+        finished = {item.lease for item in self._results}
+        for key, assignment in self._held.items():
+            if key not in finished and assignment.item is not None:
+                why = reason if key in started else "the worker was stopped"
+                self._queue_release(assignment.item, why, charge=False)
+        try:
+            async with asyncio.timeout(_GIVE_BACK_S):
+                while self._results and await self._send_results():
+                    pass
+                while self._releases and await self._send_releases():
+                    pass
+        except TimeoutError:
+            log.warning("the server did not take back what this worker held; its lease will end")
+        await self._link.close()
+
+    async def close(self) -> None:
+        """Return when everything finished so far is reported."""
+        self._closing = True
+        self._something_to_send.set()
+        if self._exchange is not None:
+            await asyncio.wait([self._exchange])
+        if self._failure is not None:
+            raise self._failure
+        if self._poll is not None:
+            self._poll.cancel()
+        await self._link.close()
+
+    # ---------------------------------------------------------------- heartbeats
+
+    def heartbeat_request(self) -> HeartbeatRequest:
+        """Describe what is held now; may be called from another thread."""
+        held = dict(self._held)
+        return HeartbeatRequest(
+            self.worker,
+            {key: assignment.progress for key, assignment in held.items()},
+            backend="up" if self._backend_up() else "down",
+            stats=self._stats(),
+        )
+
+    def take_verdict(self, reply: HeartbeatResponse) -> None:
+        """Drop what is done elsewhere, give back what was called back and is not started."""
+        for key in reply.done:
+            if (assignment := self._held.get(key)) is not None:
+                self._drop(assignment)
+        for key in reply.back:
+            assignment = self._held.get(key)
+            if assignment is not None and assignment in self._buffer:
+                self._buffer.remove(assignment)
+                self._queue_release(assignment.item, "called_back", charge=False)
+                self._something_to_send.set()
+
+    # ---------------------------------------------------------------- the exchange
+
+    async def _exchange_forever(self) -> None:
+        """Send what is finished, ask for what is needed; again."""
+        while not (self._closing and not self._results and not self._releases):
+            await self._something_to_send.wait()
+            self._something_to_send.clear()
+            sent = True
+            if self._results:
+                sent = await self._send_results()
+            if self._releases:
+                sent = await self._send_releases() and sent
+            if not sent:
+                await self._wait_for_server()
+                self._something_to_send.set()
+            elif self._results or self._releases:
+                self._something_to_send.set()
+            elif self._need() and self._poll is None:
+                self._poll = asyncio.ensure_future(self._poll_once())
+                self._poll.add_done_callback(self._note_end)
+
+    async def _send_results(self) -> bool:
+        batch: list[WorkItem] = []
+        size = 0
+        for item in self._results:
+            batch.append(item)
+            size += len(item.result or "") + len(item.content)
+            if len(batch) == _REPORT_ITEMS or size > _REPORT_BYTES:
+                break
+        want = self._need() if self._poll is None else 0
+        reply = await self._link.submit_results(batch, want)
+        if reply.status is WorkStatus.SERVER_UNAVAILABLE:
+            return False
+        self._server_answered()
+        for item in batch:
+            self._results.popleft()
+            self._held.pop(_key(item), None)
+        bad = [outcome for outcome in reply.outcomes if outcome in (Outcome.INVALID, *_NOT_OURS)]
+        if bad:
+            log.warning("the server refused %d of %d results: %s", len(bad), len(batch), bad[0])
+        if reply.work is not None:
+            self._take_work(reply.work)
+        return True
+
+    async def _send_releases(self) -> bool:
+        batch = list(self._releases)[:_REPORT_ITEMS]
+        reply = await self._link.release_work(items=batch)
+        if reply.status is WorkStatus.SERVER_UNAVAILABLE:
+            return False
+        self._server_answered()
+        for _ in batch:
+            self._releases.popleft()
+        return True
+
+    async def _poll_once(self) -> None:
+        """Ask for work when no result carries the question."""
+        try:
+            need = self._need()
+            if not need:
+                return
+            reply = await self._link.get_work(need, POLL_S)
+            if reply.status is WorkStatus.SERVER_UNAVAILABLE:
+                await self._wait_for_server()
+                return
+            self._server_answered()
+            self._take_work(reply)
+            if reply.status is WorkStatus.RETRY:
+                await asyncio.sleep(reply.retry_in or _FIRST_DELAY_S)
+        finally:
+            self._poll = None
+            self._something_to_send.set()
+
+    def _take_work(self, reply: BatchWorkResponse) -> None:
+        for item in reply.items:
+            assignment = Assignment(
+                _key(item), partial(task_of_line, self._task_class, item), item.solo, item=item
+            )
+            self._held[assignment.key] = assignment
+            self._buffer.append(assignment)
+        if reply.status is WorkStatus.ALL_WORK_COMPLETE and not self._complete:
+            self._complete = True
+            # Every line has its result; what is still held here was answered by others.
+            finished = {_key(item) for item in self._results}
+            for key, assignment in list(self._held.items()):
+                if key not in finished:
+                    self._drop(assignment)
+        self._something_to_take.set()
+
+    # ---------------------------------------------------------------- inside
+
+    def _need(self) -> int:
+        """How many items to ask for; 0 while enough are ready."""
+        if self._complete or self._closing:
+            return 0
+        need = self._batch_size + self._wanted() - len(self._buffer)
+        enough = self._buffer and need < max(1, self._batch_size // 2)
+        return 0 if enough else max(0, need)
+
+    def _queue_release(self, item: WorkItem, reason: str, *, charge: bool = True) -> None:
+        self._held.pop(_key(item), None)
+        steps = "drop" if charge else "keep"
+        self._releases.append(ReleaseItem(item.work_id, item.lease, charge, reason[:500], steps))
+
+    def _drop(self, assignment: Assignment) -> None:
+        self._held.pop(assignment.key, None)
+        if assignment in self._buffer:
+            self._buffer.remove(assignment)
+        if assignment.cancel is not None:
+            assignment.cancel()
+
+    def _server_answered(self) -> None:
+        if self._away_since is not None and self._failed_calls > 1:
+            log.info("the server answers again")
+        self._away_since, self._failed_calls = None, 0
+
+    async def _wait_for_server(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._away_since is None:
+            self._away_since = now
+        self._failed_calls += 1
+        away_s = now - self._away_since
+        if away_s > self._server_timeout_s:
+            raise ServerLostError(
+                f"the server did not answer for {away_s:.0f} s (--server-timeout); start the "
+                "worker again when the server is back"
+            )
+        if self._failed_calls == 2:
+            log.warning("the server does not answer; keeping what is held and trying again")
+        await asyncio.sleep(
+            delay_s(
+                self._failed_calls, initial_s=_FIRST_DELAY_S, max_s=_LONGEST_DELAY_S, rng=self._rng
+            )
+        )
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failure = error
+            self._something_to_take.set()
+            for other in (self._exchange, self._poll):
+                if other is not None and other is not task:
+                    other.cancel()
+
+
+_NOT_OURS = (Outcome.WRONG_RUN, Outcome.UNKNOWN)
+
+
+def _key(item: WorkItem) -> str:
+    # An older server grants no leases; the line number is as good there.
+    return item.lease if item.lease is not None else str(item.work_id)
+
+
+def _is_last_attempt(item: WorkItem) -> bool:
+    limit = item.max_retries
+    return limit is not None and limit >= 0 and item.retry_count >= limit
