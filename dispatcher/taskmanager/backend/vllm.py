@@ -65,7 +65,7 @@ class VLLMBackend(LaunchedBackend):
             )
             await self.run_process(process)
             try:
-                await self._wait_until_serving(process, port)
+                await self._wait_until_serving(process, port, api_key)
             except BackendError:
                 # Between choosing the port and listening on it another program can take it.
                 if last_try or "address already in use" not in process.last_lines().lower():
@@ -79,13 +79,13 @@ class VLLMBackend(LaunchedBackend):
             )
         raise AssertionError("unreachable")
 
-    async def _wait_until_serving(self, process: ServerProcess, port: int) -> None:
+    async def _wait_until_serving(self, process: ServerProcess, port: int, api_key: str) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._startup_timeout_s
         async with aiohttp.ClientSession(trust_env=False) as session:
             while loop.time() < deadline:
                 process.check_alive()
-                if await _is_serving(session, port):
+                if await _is_serving(session, port, api_key):
                     return
                 await asyncio.sleep(_POLL_S)
         raise BackendError(
@@ -94,10 +94,14 @@ class VLLMBackend(LaunchedBackend):
         )
 
 
-async def _is_serving(session: aiohttp.ClientSession, port: int) -> bool:
+async def _is_serving(session: aiohttp.ClientSession, port: int, api_key: str) -> bool:
+    """Ask for what only our server gives with this key: /health would answer for any other."""
     try:
-        timeout = aiohttp.ClientTimeout(total=5)
-        async with session.get(f"http://127.0.0.1:{port}/health", timeout=timeout) as reply:
+        async with session.get(
+            f"http://127.0.0.1:{port}/v1/models",
+            headers={"Authorization": f"Bearer {api_key}"},
+            timeout=aiohttp.ClientTimeout(total=5),
+        ) as reply:
             return reply.status == 200
     except (aiohttp.ClientError, TimeoutError, OSError):
         return False

@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Sets up .venv and runs the linter, the type checker and the tests, fast ones first.
+# Further arguments go to pytest and replace the two default runs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+make_environment local,dev
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+.venv/bin/mypy
+if [ "$#" -gt 0 ]; then
+    exec .venv/bin/pytest "$@"
+fi
+.venv/bin/pytest -q -m "not slow and not model and not vllm"
+.venv/bin/pytest -q -m "slow or model or vllm"
