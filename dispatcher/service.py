@@ -450,6 +450,8 @@ class DispatchService:
 
     async def _barrier(self, *, force: bool = False) -> None:
         """Return when everything decided so far is on disk. Raises StorageFullError."""
+        if self.finished.is_set():
+            return  # the output holds everything, and nothing is decided any more
         self._queue_events()
         if self._batch.records or force:
             if self._batch_done is None:
@@ -501,6 +503,8 @@ class DispatchService:
                 await self._after_write()
             finally:
                 self._writing = None
+        if self._batch_done is not None:
+            self._batch_done.set_result(None)  # asked for while the run was being completed
 
     def _swap_batch(self) -> tuple[Batch, asyncio.Future[None]]:
         self._queue_events()

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from dispatcher.errors import RunLockedError, StateError, StorageError
+from dispatcher.errors import RunLockedError, StateError, StorageError, UsageError
 from dispatcher.storage.files import Files
 
 RUN_FILE = "run.yaml"
@@ -43,9 +43,9 @@ class RunLock:
 
 
 def make_state_dir(path: Path) -> None:
-    """Create the state directory. Raises StorageError or StateError."""
+    """Create the state directory. Raises UsageError or StorageError."""
     if path.is_file():
-        raise StateError(
+        raise UsageError(
             f"{path} is a file, but the state of a run is a directory; an older checkpoint file "
             "cannot be read: give another path, or leave the option out"
         )

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dispatcher.taskmanager.backend.base import Backend, BackendManager
 from dispatcher.taskmanager.backend.request import Request, Response
-from dispatcher.taskmanager.execution import Answered, Attempt, Outcome, Raised
+from dispatcher.taskmanager.execution import (
+    Answered,
+    Attempt,
+    Outcome,
+    Raised,
+    WantsRetry,
+)
 from dispatcher.taskmanager.task.base import Task
 from dispatcher.taskmanager.tasksource.base import Assignment, TaskSource, WorkSource
 
@@ -50,34 +57,41 @@ class SyncSource(WorkSource):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="task-source")
         self._ready: list[Task] = []
         self._taken = 0
+        self._running = 0
 
     async def start(self, wanted: Callable[[], int]) -> None:
         """Nothing to prepare."""
 
     async def next(self) -> Assignment | None:
-        """Return the next task, asking again while the source has none but is not exhausted."""
+        """Return the next task; None when the source is exhausted and no task is running.
+
+        A source may hand a task out again when its result is saved.
+        """
         while not self._ready:
-            # Asked before the check: the last tasks may come with the call that exhausts it.
+            nothing_runs = not self._running
             self._ready = list(await self._call(self._source.get_next_tasks))
             if not self._ready:
-                if await self._call(lambda: self._source.is_exhausted):
+                if nothing_runs and await self._call(lambda: self._source.is_exhausted):
                     return None
                 await asyncio.sleep(_POLL_AGAIN_S)
         task = self._ready.pop(0)
         self._taken += 1
+        self._running += 1
         return Assignment(str(self._taken), lambda: task, item=task)
 
     async def finish(self, assignment: Assignment, attempt: Attempt, outcome: Outcome) -> None:
-        """Hand the task to the source; one whose code raised gives an `__ERROR__` as its result."""
+        """Hand the task to the source; one that cannot tell its end itself has it told for it."""
         task: Task = assignment.item
         match outcome:
             case Raised(message, place):
                 error = {"error": "task_exception", "message": message, "place": place}
-                task = _Failed(task, {"__ERROR__": error | {"task_data": task.data}})
-            case Answered() if not task.is_done():
-                error = {"error": "task_stuck", "message": "the task asks nothing"}
-                task = _Failed(task, {"__ERROR__": error | {"task_data": task.data}})
+                task = _Ended(task, {"__ERROR__": error | {"task_data": task.data}})
+            case Answered(result) if not task.is_done():
+                task = _Ended(task, json.loads(result))
+            case WantsRetry(reason) if not task.should_retry():
+                task = _Ended(task, {}, retry_reason=reason)
         await self._call(lambda: self._source.save_task_result(task))
+        self._running -= 1
 
     async def give_back(self, assignments: list[Assignment], reason: str) -> None:
         """The older interface cannot take tasks back."""
@@ -91,12 +105,19 @@ class SyncSource(WorkSource):
         return await asyncio.get_running_loop().run_in_executor(self._thread, call)
 
 
-class _Failed(Task):
-    """Stands in for a task that cannot tell its result."""
+class _Ended(Task):
+    """Stands in for a task whose code raised, and so cannot tell how it ended."""
 
-    def __init__(self, task: Task, result: dict[str, Any]) -> None:
+    def __init__(
+        self, task: Task, result: dict[str, Any], *, retry_reason: str | None = None
+    ) -> None:
         super().__init__(task.data, task.context)
         self._result = result
+        self._retry = retry_reason is not None
+        self.retry_reason = retry_reason or ""
+
+    def should_retry(self) -> bool:
+        return self._retry
 
     def get_next_request(self) -> Request | None:
         return None

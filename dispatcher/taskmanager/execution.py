@@ -78,7 +78,7 @@ class Attempt:
 
     def _proceed(self, task: Task) -> Step:
         requests: list[Request] = []
-        while not task.is_done() and (request := task.get_next_request()) is not None:
+        while (request := task.get_next_request()) is not None:
             requests.append(request)
         if task.is_done():
             return self._end(task)
