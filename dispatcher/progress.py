@@ -122,6 +122,11 @@ class LineDisplay:
     def show(self, status: dict[str, Any], now: float) -> None:
         """Print a line when it is time."""
         self._rates.add(now, status["done"], status["completion_tokens"])
+        if not status["next_work_id"] and not status["done"]:
+            if self._shown_at is None:
+                self.note("waiting for a task manager to be ready")
+                self._shown_at = now
+            return
         if self._shown_at is None or now - self._shown_at >= _LINE_EVERY_S:
             self._shown_at = now
             about = "" if status["total_is_exact"] else "about "

@@ -30,7 +30,7 @@ from dispatcher.core.work_queue import (
     WorkQueue,
     parse_lease_id,
 )
-from dispatcher.errors import DispatcherError, StateError, StorageFullError, SyncFailedError
+from dispatcher.errors import DispatcherError, StateError, StorageFullError
 from dispatcher.models import (
     BatchWorkResponse,
     HeartbeatRequest,
@@ -129,6 +129,7 @@ class DispatchService:
         self._events_written = 0
         self._full_until = 0.0
         self._draining = False
+        self._closed = False
         self._tasks: list[asyncio.Task[None]] = []
         self._run_file: dict[str, Any] = {}
 
@@ -139,7 +140,11 @@ class DispatchService:
 
         Raises UsageError, StateError or StorageError with what to do about it.
         """
-        await self._in_writer(self._open)
+        try:
+            await self._in_writer(self._open)
+        except BaseException:
+            await self.close()
+            raise
         if self.finished.is_set():
             return
         self._tasks = [
@@ -154,12 +159,14 @@ class DispatchService:
         self._notify()
 
     async def close(self) -> None:
-        """Write what is queued and a checkpoint, and let go of the run."""
-        self._draining = True
-        if self.failure is None and self._writer is not None and not self.finished.is_set():
+        """Write what is queued and a checkpoint, and let go of the run. May be called twice."""
+        if self._closed:
+            return
+        self._closed = self._draining = True
+        if self._tasks and self.failure is None and not self.finished.is_set():
             self._checkpoint_at = float("-inf")
             with contextlib.suppress(DispatcherError):
-                await self._barrier(force=True)
+                await self._barrier(self.queue, force=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -181,6 +188,7 @@ class DispatchService:
         deadline = loop.time() + wait_s
         while True:
             self._check_usable()
+            queue = self.queue
             items = await self._hand_out(worker, count)
             left_s = deadline - loop.time()
             if items or self.queue.is_complete or self._draining or left_s <= 0:
@@ -188,7 +196,7 @@ class DispatchService:
             self.queue.note_idle(worker, count)
             await self._wait_for_change(left_s)
         self.queue.note_idle(worker, 0)
-        await self._barrier()
+        await self._barrier(queue)
         if items:
             return BatchWorkResponse(WorkStatus.OK, items=items)
         if self.queue.is_complete:
@@ -199,22 +207,32 @@ class DispatchService:
 
     async def submit(self, items: Sequence[ResultItem]) -> list[Outcome]:
         """Take results, each for itself; return what became of each, in order."""
-        self._check_usable()
-        now = self._clock.now()
-        outcomes = [self._take_result(item, now) for item in items]
-        await self._settled()
+        queue = self.queue
+        outcomes = await self._take_results(items)
+        await self._barrier(queue)
         return outcomes
+
+    async def exchange(
+        self, items: Sequence[ResultItem], worker: str, want: int
+    ) -> tuple[list[Outcome], BatchWorkResponse]:
+        """Take results and hand out up to `want` items; one wait for the disk covers both."""
+        queue = self.queue
+        outcomes = await self._take_results(items)
+        work = await self.get_work(worker, want)
+        if queue is not self.queue:
+            raise StorageFullError(_NOT_KEPT)
+        return outcomes, work
 
     async def release(self, items: Sequence[ReleaseItem]) -> int:
         """Take leases back unfinished; return how many there were."""
         self._check_usable()
-        now = self._clock.now()
+        queue, now = self.queue, self._clock.now()
         released = 0
         for item in items:
             named = parse_lease_id(item.lease) if item.lease is not None else None
             if item.lease is not None and named is None:
                 continue
-            released += self.queue.release(
+            released += queue.release(
                 item.work_id,
                 named[1] if named else None,
                 charge=item.charge,
@@ -222,26 +240,29 @@ class DispatchService:
                 keep_steps=item.steps != "drop",
                 now=now,
             )
-        await self._settled()
+        await self._settle()
+        await self._barrier(queue)
         return released
 
     async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatResponse:
         """Note that a worker is alive and what it holds; say what it should let go of."""
         self._check_usable()
+        queue = self.queue
         held = {
             lease: progress
             for text, progress in request.held.items()
             if (lease := parse_lease_id(text)) is not None
         }
-        verdict = self.queue.heartbeat(
+        verdict = queue.heartbeat(
             request.worker, held, backend_up=request.backend != "down", now=self._clock.now()
         )
         if request.stats is not None:
             self.worker_stats[request.worker] = request.stats
-        await self._settled()
+        await self._settle()
+        await self._barrier(queue)
         return HeartbeatResponse(
             WorkStatus.OK,
-            lease_term_s=self.queue.policy.lease_term_s,
+            lease_term_s=queue.policy.lease_term_s,
             done=verdict.done,
             lost=verdict.lost,
             back=verdict.back,
@@ -407,22 +428,31 @@ class DispatchService:
         try:
             result = text.strip().encode("utf-8")
             _check_json(result)
-        except (UnicodeEncodeError, msgspec.DecodeError):
+        except (UnicodeEncodeError, msgspec.DecodeError, RecursionError):
             return None
         return result if len(result) <= self.settings.max_result_bytes else None
 
-    async def _settled(self) -> None:
-        """Give condemned items their tombstone, then wait until all of it is on disk."""
-        await self._bury_condemned()
+    async def _take_results(self, items: Sequence[ResultItem]) -> list[Outcome]:
+        self._check_usable()
+        now = self._clock.now()
+        outcomes = [self._take_result(item, now) for item in items]
+        await self._settle()
+        return outcomes
+
+    async def _settle(self) -> None:
+        """Give condemned items their tombstone, and let waiting calls see what became ready."""
+        if self.queue.condemned:
+            await self._bury_condemned()
         self._queue_events()
         if self.queue.ready_count or self.queue.is_complete:
             self._notify()
-        await self._barrier()
 
     async def _bury_condemned(self) -> None:
         queue = self.queue
         for work_id in queue.condemned_ids():
-            item = queue.items[work_id]
+            item = queue.items.get(work_id)
+            if item is None:
+                continue  # its result came while another one's line was read
             (line,) = await self._in_reader(self._fetch, [item.offset])
             error = {
                 "error": MAX_RETRIES_EXCEEDED,
@@ -448,8 +478,14 @@ class DispatchService:
         if self._changed is not None and not self._changed.done():
             self._changed.set_result(None)
 
-    async def _barrier(self, *, force: bool = False) -> None:
-        """Return when everything decided so far is on disk. Raises StorageFullError."""
+    async def _barrier(self, decided_in: WorkQueue, *, force: bool = False) -> None:
+        """Return when everything decided so far is on disk.
+
+        Raises StorageFullError when it is not: a failed write has replaced the queue that
+        decided it. Raises what ended the run.
+        """
+        if self.failure is not None:
+            raise self.failure
         if self.finished.is_set():
             return  # the output holds everything, and nothing is decided any more
         self._queue_events()
@@ -460,6 +496,8 @@ class DispatchService:
             await asyncio.shield(self._batch_done)
         elif self._writing is not None:
             await asyncio.shield(self._writing)
+        if decided_in is not self.queue:
+            raise StorageFullError(_NOT_KEPT)
 
     def _check_usable(self) -> None:
         if self.failure is not None:
@@ -484,27 +522,22 @@ class DispatchService:
 
     async def _commit_forever(self) -> None:
         """Swap the batch, write it, tell everybody who waits for it; again."""
+        assert self._writer is not None
         while not self.finished.is_set():
             await self._work_queued.wait()
-            self._work_queued.clear()
             batch, done = self._swap_batch()
+            self._work_queued.clear()
             self._writing = done
             try:
-                assert self._writer is not None
                 await self._in_writer(self._writer.write, batch)
             except StorageFullError as error:
                 await self._undo(done, error)
-            except SyncFailedError as error:
-                _fail(done, error)
-                raise
             else:
-                done.set_result(None)
+                _settle_future(done)
                 self._events_written += len(batch.records)
-                await self._after_write()
-            finally:
-                self._writing = None
-        if self._batch_done is not None:
-            self._batch_done.set_result(None)  # asked for while the run was being completed
+            # Any other error leaves `done` to _stop, which tells whoever waits for it.
+            self._writing = None
+            await self._after_write()
 
     def _swap_batch(self) -> tuple[Batch, asyncio.Future[None]]:
         self._queue_events()
@@ -538,11 +571,13 @@ class DispatchService:
         self._full_until = time.monotonic() + _FULL_PAUSE_S
         now = self._clock.now()
         recovered = await self._in_writer(self._writer.read_journal, self.queue.policy, now)
+        assert recovered is not None
         recovered.queue.adopt_workers(self.queue.workers.values(), now)
         # Calls that went on with the old queue meanwhile decided on what never happened; they
         # see that `self.queue` is another one, or fail with the batch they wait for.
         failed_too, self._batch, self._batch_done = self._batch_done, Batch(), None
         self.queue = recovered.queue
+        self.queue.note_written(self._writer.output.written)
         self._lines.clear()
         self._note_input_end()
         _fail(done, error)
@@ -562,6 +597,8 @@ class DispatchService:
         await self._in_writer(save_run_file, self.settings.state_dir, self._run_file, self._files)
         await self._in_writer(self._writer.remove_journal)
         self.finished.set()
+        if self._batch_done is not None:
+            _settle_future(self._batch_done)  # asked for while the run was being completed
         self._notify()
 
     # ---------------------------------------------------------------- time
@@ -596,10 +633,10 @@ class DispatchService:
             raise
 
     def _stop(self, failure: DispatcherError) -> None:
-        self.failure = failure
+        self.failure = self.failure or failure  # the first one is the cause of the others
         for waiting in (self._writing, self._batch_done):
             if waiting is not None:
-                _fail(waiting, failure)
+                _fail(waiting, self.failure)
         self.stopped.set()
         self._notify()
 
@@ -618,8 +655,8 @@ class DispatchService:
             self._check_fingerprint(self._run_file.get("fingerprint", {}), fingerprint)
             self._open_complete()
             return
-        if self._writer.has_journal:
-            recovered = self._writer.read_journal(settings.policy, self._clock.now())
+        recovered = self._writer.read_journal(settings.policy, self._clock.now())
+        if recovered is not None:
             self._check_fingerprint(recovered.header.fingerprint, fingerprint)
             self.queue = recovered.queue
             self.run_id, self.epoch = recovered.header.run_id, recovered.header.epoch + 1
@@ -653,7 +690,7 @@ class DispatchService:
         self.run_id = str(self._run_file.get("run", ""))
         counters = msgspec.convert(self._run_file.get("summary", {}), Counters)
         total = counters.done
-        self.queue.restore(QueueState(total, total, 0, 1, counters, []), self._clock.now())
+        self.queue.restore(QueueState(total, total, 0, 1, counters, [], []), self._clock.now())
         self.queue.end_of_input()
         self.finished.set()
 
@@ -712,6 +749,11 @@ class DispatchService:
 
 
 _NOT_KEPT = "the journal cannot be written (is the disk full?); nothing was changed, try again"
+
+
+def _settle_future(future: asyncio.Future[None]) -> None:
+    if not future.done():  # a failure of the input may have told those who wait already
+        future.set_result(None)
 
 
 def _fail(future: asyncio.Future[None], error: DispatcherError) -> None:

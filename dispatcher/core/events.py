@@ -76,7 +76,14 @@ class Absolved(msgspec.Struct, frozen=True, array_like=True, tag="absolve"):
     charged: bool
 
 
-Event = Opened | Issued | Finished | Tombstoned | LeaseEnded | Absolved
+class Watched(msgspec.Struct, frozen=True, array_like=True, tag="watch"):
+    """The first heartbeat of the lease's worker came after the lease was given."""
+
+    work_id: int
+    serial: int
+
+
+Event = Opened | Issued | Watched | Finished | Tombstoned | LeaseEnded | Absolved
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True):
@@ -131,7 +138,8 @@ class QueueState(msgspec.Struct, frozen=True):
 
     Every line before `first_open` has its result; every line from `next_work_id` on, which
     begins at byte `next_offset` of the input, was never handed out; of those between, the ones
-    in `items` are open and the others have their result.
+    in `items` are open and the others have their result, which for those in `tombstoned` is a
+    tombstone that a late result may still replace.
     """
 
     first_open: int
@@ -140,3 +148,4 @@ class QueueState(msgspec.Struct, frozen=True):
     next_serial: int
     counters: Counters
     items: list[ItemState]
+    tombstoned: list[int] = []

@@ -38,6 +38,7 @@ from dispatcher.core.events import (
     Opened,
     QueueState,
     Tombstoned,
+    Watched,
 )
 from dispatcher.core.workers import PROGRESS_UNKNOWN, Durations, Lease, Worker
 from dispatcher.models import Outcome
@@ -305,7 +306,7 @@ class WorkQueue:
         if backend_up and not worker.backend_up:
             worker.backend_up_since = now
         worker.backend_up = backend_up
-        if worker.vanished_at is not None:
+        if worker.vanished_at is not None or worker.cut_off or worker.blamed:
             self._welcome_back(worker, held, now)
         verdict = Verdict()
         for (work_id, serial), progress in held.items():
@@ -314,7 +315,8 @@ class WorkQueue:
                 is_open = work_id in self.items
                 (verdict.lost if is_open else verdict.done).append(lease_id(work_id, serial))
                 continue
-            lease.heartbeats = True
+            if not lease.heartbeats:
+                self._record(Watched(work_id, serial), now)
             lease.missed_heartbeats = 0
             if progress != lease.progress:
                 if progress > 0 and lease.started_at is None:
@@ -364,7 +366,12 @@ class WorkQueue:
                 self.counters.failed += 1
                 by_error = self.counters.tombstones
                 by_error[error] = by_error.get(error, 0) + 1
-                self._settle(work_id, _TOMBSTONE)
+                # A line that was refused stays so; only an item out of reissues may still get
+                # a late result.
+                self._settle(work_id, _TOMBSTONE if error == MAX_RETRIES_EXCEEDED else _DONE)
+            case Watched(_, serial):
+                if lease := self.leases.get(serial):
+                    lease.heartbeats = True
             case LeaseEnded():
                 self._apply_ended(event)
             case Absolved(work_id, charged):
@@ -381,6 +388,7 @@ class WorkQueue:
                 self.counters, tombstones=dict(self.counters.tombstones)
             ),
             items=[_item_state(item) for item in self.items.values()],
+            tombstoned=self._replaceable(),
         )
 
     def restore(self, state: QueueState, now: float) -> None:
@@ -392,6 +400,8 @@ class WorkQueue:
             state.counters, tombstones=dict(state.counters.tombstones)
         )
         self._flags = bytearray([_DONE]) * (state.next_work_id - state.first_open)
+        for work_id in state.tombstoned:
+            self._flags[work_id - self._flags_base] = _TOMBSTONE
         for saved in state.items:
             item = Item(
                 saved.work_id,
@@ -505,6 +515,8 @@ class WorkQueue:
         if charged and item.condemned:
             item.condemned = False
             self._make_ready(item)
+        elif charged and item.owes_charge:
+            item.owes_charge = False  # a copy still runs, so the charge was only noted
         elif charged:
             item.retries = max(0, item.retries - 1)
 
@@ -526,9 +538,17 @@ class WorkQueue:
             end = self._flags.find(_OPEN, work_id - self._flags_base)
             self.first_open = self.next_work_id if end < 0 else self._flags_base + end
 
+    def _replaceable(self) -> list[int]:
+        """Return the items behind an open line whose result is a tombstone."""
+        found: list[int] = []
+        place = max(0, self.first_open - self._flags_base)
+        while (place := self._flags.find(_TOMBSTONE, place)) >= 0:
+            found.append(self._flags_base + place)
+            place += 1
+        return found
+
     def _undo_tombstone_count(self) -> None:
-        # A late result replaces a tombstone that is not written yet. Which kind it was is not
-        # kept per line; only items out of reissues can still get a result.
+        # A late result replaces a tombstone that is not written yet.
         self.counters.done -= 1
         self.counters.failed -= 1
         by_error = self.counters.tombstones
@@ -571,6 +591,7 @@ class WorkQueue:
         heapq.heappush(self._deadlines, (self._deadline(self.leases[serial], now), serial))
         if known is not None:
             known.idle_want = 0
+            known.vanished_at = None
         name = lease_id(item.work_id, serial)
         return Grant(item.work_id, name, item.offset, item.retries, item.attempt, solo)
 
@@ -633,7 +654,7 @@ class WorkQueue:
 
     def _end_vanished(self, worker: Worker, *, blame: bool, now: float) -> None:
         for lease in list(worker.leases.values()):
-            worker.cut_off[lease.serial] = lease.work_id
+            worker.cut_off[lease.serial] = (lease.work_id, lease.solo)
             if blame and lease.progress > 0:
                 worker.blamed.append((lease.work_id, lease.solo))
                 self._end(lease, "crashed", "the worker vanished", now)
@@ -649,9 +670,9 @@ class WorkQueue:
         self._absolve(worker, now)
         for work_id, serial in held:
             item = self.items.get(work_id)
-            was_cut_off = worker.cut_off.get(serial) == work_id
-            if item is not None and was_cut_off and item.queued and not item.leases:
-                self._record(Issued(work_id, serial, worker.name, True, False), now)
+            cut_id, solo = worker.cut_off.get(serial, (-1, False))
+            if item is not None and cut_id == work_id and item.queued:
+                self._record(Issued(work_id, serial, worker.name, True, solo), now)
                 lease = self.leases[serial]
                 heapq.heappush(self._deadlines, (self._deadline(lease, now), serial))
         worker.cut_off.clear()

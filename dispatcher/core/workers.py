@@ -61,7 +61,7 @@ class Worker:
     finished: int = 0
     leases: dict[int, Lease] = field(default_factory=dict)
     # What its vanishing ended and cost, to be given back and taken back should it return.
-    cut_off: dict[int, int] = field(default_factory=dict)
+    cut_off: dict[int, tuple[int, bool]] = field(default_factory=dict)
     blamed: list[tuple[int, bool]] = field(default_factory=list)
 
     def note_finish(self, now: float) -> None:

@@ -68,14 +68,16 @@ async def post_results(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
     submission, unreadable = access.decode_submission(await request.read())
     worker = access.worker_name(submission.worker)
-    outcomes = await service.submit(submission.items)
+    work = None
+    if submission.want > 0:
+        want = min(submission.want, access.MAX_BATCH)
+        outcomes, work = await service.exchange(submission.items, worker, want)
+    else:
+        outcomes = await service.submit(submission.items)
     for place in unreadable:
         outcomes.insert(place, Outcome.INVALID)
     settled = sum(o in (Outcome.ACCEPTED, Outcome.DUPLICATE) for o in outcomes)
-    reply = BatchResultResponse(WorkStatus.OK, settled, outcomes)
-    if submission.want > 0:
-        reply.work = await service.get_work(worker, min(submission.want, access.MAX_BATCH))
-    return _json(reply)
+    return _json(BatchResultResponse(WorkStatus.OK, settled, outcomes, work))
 
 
 async def post_release(request: web.Request) -> web.Response:

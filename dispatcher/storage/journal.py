@@ -35,6 +35,7 @@ from dispatcher.core.events import (
     Opened,
     QueueState,
     Tombstoned,
+    Watched,
 )
 from dispatcher.errors import CorruptJournalError, StorageFullError, SyncFailedError
 from dispatcher.storage.files import Files
@@ -69,7 +70,17 @@ class Checkpoint(msgspec.Struct, frozen=True, array_like=True, tag="checkpoint")
     tail_crc: int
 
 
-Record = RunHeader | Checkpoint | Opened | Issued | Finished | Tombstoned | LeaseEnded | Absolved
+Record = (
+    RunHeader
+    | Checkpoint
+    | Opened
+    | Issued
+    | Watched
+    | Finished
+    | Tombstoned
+    | LeaseEnded
+    | Absolved
+)
 encode_record = msgspec.json.Encoder().encode
 _decode_record = msgspec.json.Decoder(Record).decode
 

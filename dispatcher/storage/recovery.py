@@ -49,8 +49,11 @@ class Recovered:
     header: RunHeader
 
 
-def recover(journal: Journal, policy: QueuePolicy, now: float) -> Recovered:
-    """Replay the journal. Raises CorruptJournalError when it does not hold a run."""
+def recover(journal: Journal, policy: QueuePolicy, now: float) -> Recovered | None:
+    """Replay the journal; None when the first start died before its first frame was whole.
+
+    Raises CorruptJournalError when it does not hold a run.
+    """
     queue = WorkQueue(policy)
     index = WaitingIndex()
     retention = Retention()
@@ -70,6 +73,8 @@ def recover(journal: Journal, policy: QueuePolicy, now: float) -> Recovered:
         elif begun:
             queue.apply(record, now)
             _locate(entry, index, retention)
+    if journal.is_empty:
+        return None
     if header is None or not begun:
         raise CorruptJournalError(
             "the journal holds no run; remove the state directory and the output to start anew"

@@ -21,7 +21,8 @@ class RunLock:
 
     def __init__(self, state_dir: Path) -> None:
         self._state_dir = state_dir
-        self._lock = FileLock(state_dir / "lock")
+        # Taken in one thread and released in another.
+        self._lock = FileLock(state_dir / "lock", thread_local=False)
 
     def acquire(self) -> None:
         """Take the lock. Raises RunLockedError when another process holds it."""

@@ -57,15 +57,15 @@ class LineSource:
         self._file.seek(offset)
         end = offset + max_bytes
         while len(lines) < max_lines and offset < min(end, self.size_bytes):
-            line = self._read_line(offset)
+            line = self._read_line(offset, self.max_line_bytes)
             lines.append(line)
             offset = line.next_offset
         return lines
 
     def fetch(self, offset: int) -> InputLine:
-        """Return the line that begins at `offset`."""
+        """Return the line that begins at `offset`, whole: it was within the limit once."""
         self._file.seek(offset)
-        return self._read_line(offset)
+        return self._read_line(offset, self.size_bytes)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return size and hashes by which a changed input is told; reads at most 1.2 MiB."""
@@ -88,15 +88,10 @@ class LineSource:
         length = min(_SAMPLE_BYTES, self.size_bytes - offset)
         return os.pread(self._file.fileno(), max(0, length), offset)
 
-    def _read_line(self, offset: int) -> InputLine:
+    def _read_line(self, offset: int, max_bytes: int) -> InputLine:
         left = self.size_bytes - offset
-        limit = self.max_line_bytes + 1
-        raw = self._file.readline(min(limit, left))
-        if not raw:
-            raise StateError(
-                f"the input {self.path} was cut to under {offset} bytes while the run was using "
-                "it; restore it and start the same command again"
-            )
+        limit = max_bytes + 1
+        raw = self._read_part(offset, min(limit, left))
         next_offset = offset + len(raw)
         if len(raw) == limit and not raw.endswith(b"\n"):
             next_offset = self._skip_line(next_offset)
@@ -113,11 +108,19 @@ class LineSource:
             shown = raw.decode("utf-8", "replace")
             return InputLine(offset, next_offset, shown, "undecodable_line")
 
+    def _read_part(self, offset: int, limit: int) -> bytes:
+        """Read to the end of the line or `limit` bytes; less than both means a shorter file."""
+        part = self._file.readline(limit)
+        if len(part) < limit and not part.endswith(b"\n"):
+            raise StateError(
+                f"the input {self.path} was cut to {offset + len(part)} bytes while the run was "
+                "using it; restore it and start the same command again"
+            )
+        return part
+
     def _skip_line(self, offset: int) -> int:
         while offset < self.size_bytes:
-            part = self._file.readline(min(_CHUNK_BYTES, self.size_bytes - offset))
-            if not part:
-                break
+            part = self._read_part(offset, min(_CHUNK_BYTES, self.size_bytes - offset))
             offset += len(part)
             if part.endswith(b"\n"):
                 break

@@ -66,14 +66,14 @@ class RunWriter:
         self._header: RunHeader | None = None
         self.output_error: str | None = None
 
-    @property
-    def has_journal(self) -> bool:
-        """True when there is a journal of an earlier start."""
-        return not self._journal.is_empty
+    def read_journal(self, policy: QueuePolicy, now: float) -> Recovered | None:
+        """Replay the journal into a queue, also after a failed write, to undo what it held.
 
-    def read_journal(self, policy: QueuePolicy, now: float) -> Recovered:
-        """Replay the journal into a queue; also after a failed write, to undo what it held."""
-        recovered = recover(self._journal, policy, now)
+        None when there is nothing of an earlier start.
+        """
+        recovered = recover(self._journal, policy, now) if not self._journal.is_empty else None
+        if recovered is None:
+            return None
         self._index, self._retention = recovered.index, recovered.retention
         self._header = recovered.header
         return recovered

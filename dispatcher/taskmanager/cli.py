@@ -144,7 +144,10 @@ def add_backend_options(parser: Parser) -> None:
         "--max-model-len", type=number(int, 1), metavar="TOKENS", help="context length limit"
     )
     model.add_argument(
-        "--fakellm-args", default="", metavar="ARGS", help="--backend fake: options of fakellm"
+        "--fakellm-args",
+        default="",
+        metavar="ARGS",
+        help="--backend fake: options of fakellm, as in --fakellm-args='--latency-s 0.2'",
     )
     model.add_argument(
         "--log-dir", type=Path, metavar="DIR", help="model server's log (default: a temporary one)"
@@ -155,7 +158,10 @@ def add_backend_options(parser: Parser) -> None:
     vllm.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     vllm.add_argument("--silence-vllm-logs", action="store_true", help="log warnings only")
     vllm.add_argument(
-        "--vllm-extra-args", default="", metavar="ARGS", help="further options of vllm serve"
+        "--vllm-extra-args",
+        default="",
+        metavar="ARGS",
+        help="options of vLLM, as in --vllm-extra-args='--seed 1'",
     )
     vllm.add_argument(
         "--vllm-command",

@@ -72,7 +72,11 @@ class Process:
 
     def stop(self) -> None:
         """Ask it to end (SIGTERM)."""
-        self._popen.terminate()
+        self.signal(signal.SIGTERM)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the command itself, not to what it started."""
+        self._popen.send_signal(number)
 
     def wait(self, deadline_s: float = START_S) -> int:
         """Return its exit code once it has ended and all its output is read."""

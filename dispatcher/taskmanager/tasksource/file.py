@@ -46,12 +46,15 @@ class ServiceLink:
     async def submit_results(self, items: Sequence[WorkItem], want: int = 0) -> BatchResultResponse:
         """Hand results in."""
         results = [ResultItem(i.work_id, i.result, i.run, i.lease) for i in items]
+        work = None
         try:
-            outcomes = await self._service.submit(results)
+            if want:
+                outcomes, work = await self._service.exchange(results, self._worker, want)
+            else:
+                outcomes = await self._service.submit(results)
         except StorageFullError:
             return BatchResultResponse(WorkStatus.SERVER_UNAVAILABLE)
         settled = sum(o in (Outcome.ACCEPTED, Outcome.DUPLICATE) for o in outcomes)
-        work = await self.get_work(want) if want else None
         return BatchResultResponse(WorkStatus.OK, settled, outcomes, work)
 
     async def release_work(

@@ -161,7 +161,7 @@ class LeasedSource(WorkSource):
                 task.cancel()
         started = {assignment.key for assignment in assignments}
         finished = {item.lease for item in self._results}
-        for key, assignment in self._held.items():
+        for key, assignment in list(self._held.items()):
             if key not in finished and assignment.item is not None:
                 why = reason if key in started else "the worker was stopped"
                 self._queue_release(assignment.item, why, charge=False)

