@@ -30,7 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dispatcher: there is no command {words[0]!r}\n{_usage()}", file=sys.stderr)
         return ExitCode.USAGE
     module, _ = _COMMANDS[words[0]]
-    code: int = import_module(module).main(words[1:])
+    try:
+        code: int = import_module(module).main(words[1:])
+    except KeyboardInterrupt:  # before the command took the signal over: nothing was begun
+        return ExitCode.STOPPED
     return code
 
 

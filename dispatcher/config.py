@@ -42,7 +42,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Show each option's default, but not where there is none."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, argparse.SUPPRESS):
+        if action.default in (None, False, "", argparse.SUPPRESS) or action.default == []:
             return action.help
         return super()._get_help_string(action)
 

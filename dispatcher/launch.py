@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import signal
 import sys
 import time
@@ -36,6 +35,7 @@ from dispatcher.taskmanager.cli import add_backend_options, add_task_options, ch
 from dispatcher.taskmanager.task.loading import find_task, parse_task_args
 
 _POLL_S = 0.5
+_STATUS_TIMEOUT_S = 5.0
 _RESTARTS = 3
 _RESTART_DELAY_S = 1.0
 _SERVER_READY_S = 120.0
@@ -109,9 +109,12 @@ class Child:
     process: ServerProcess = field(init=False)
     restarts: int = 0
 
+    def __post_init__(self) -> None:
+        self.process = ServerProcess(self.name, self.argv, self.log_path, {})
+
     async def start(self) -> None:
         """Start it, anew if it ran before."""
-        self.process = ServerProcess(self.name, self.argv, self.log_path, {})
+        self.__post_init__()
         await self.process.start()
 
     def last_words(self) -> str:
@@ -133,24 +136,29 @@ class LocalRun:
         self._workers: list[Child] = []
         self._client: AsyncWorkClient | None = None
         self._status: dict[str, Any] = {}
-        self._stop = asyncio.Event()
         self._display: Display = make_display()
 
     async def run(self) -> int:
         """Run to the end; return the exit code."""
         start = time.monotonic()
+        working = asyncio.ensure_future(self._work())
         for signum in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(signum, self._stop.set)
+            asyncio.get_running_loop().add_signal_handler(signum, working.cancel)
         try:
-            url = await self._start_server()
-            if url is not None:
-                await self._start_workers(url)
-                await self._watch()
+            await working
+        except asyncio.CancelledError:
+            self._display.note("stopping; what is not finished is given back")
         finally:
-            # However this ends, no process outlives it; a Ctrl-C meanwhile changes nothing.
+            # However this ends, no process outlives it; a second Ctrl-C changes nothing.
             await self._end_processes()
             self._display.close()
         return self._summary(time.monotonic() - start)
+
+    async def _work(self) -> None:
+        url = await self._start_server()
+        if url is not None:
+            await self._start_workers(url)
+            await self._watch()
 
     # ---------------------------------------------------------------- the three verbs
 
@@ -172,7 +180,7 @@ class LocalRun:
         return ready[1]
 
     async def _start_workers(self, url: str) -> None:
-        self._client = AsyncWorkClient(url)
+        self._client = AsyncWorkClient(url, timeout_s=_STATUS_TIMEOUT_S)
         for number_ in range(self._args.task_managers):
             name = f"task-manager-{number_}"
             argv = self._worker_argv(url, self._log_dir / name)
@@ -183,7 +191,7 @@ class LocalRun:
     async def _watch(self) -> None:
         """Show the run until it is complete or stopped; start again what dies."""
         assert self._client is not None
-        while not self._stop.is_set():
+        while True:
             status = await self._client.status()
             if status:
                 self._status = status
@@ -193,8 +201,7 @@ class LocalRun:
                 return
             if not complete:
                 await self._mend()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), _POLL_S)
+            await asyncio.sleep(_POLL_S)
 
     # ---------------------------------------------------------------- inside
 
@@ -223,8 +230,7 @@ class LocalRun:
         await asyncio.gather(*(w.process.stop(_WORKERS_STOP_S) for w in self._workers))
         if self._client is not None:
             await self._client.close()
-        with contextlib.suppress(AttributeError):
-            await self._server.process.stop(_SERVER_STOP_S)
+        await self._server.process.stop(_SERVER_STOP_S)
 
     def _summary(self, seconds: float) -> int:
         run_file = load_run_file(self._state_dir) or {}

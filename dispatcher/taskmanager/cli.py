@@ -150,10 +150,19 @@ def add_backend_options(parser: Parser) -> None:
         help="--backend fake: options of fakellm, as in --fakellm-args='--latency-s 0.2'",
     )
     model.add_argument(
-        "--log-dir", type=Path, metavar="DIR", help="model server's log (default: a temporary one)"
+        "--log-dir",
+        type=Path,
+        metavar="DIR",
+        help="where logs go (default: a temporary directory; of dispatcher run: STATE/logs)",
     )
     vllm = parser.add_argument_group("vLLM")
-    vllm.add_argument("--tensor-parallel", type=number(int, 1), default=1, metavar="GPUS")
+    vllm.add_argument(
+        "--tensor-parallel",
+        type=number(int, 1),
+        default=1,
+        metavar="GPUS",
+        help="GPUs to spread the model over",
+    )
     vllm.add_argument("--chat-template", metavar="FILE", help="chat template to use")
     vllm.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     vllm.add_argument("--silence-vllm-logs", action="store_true", help="log warnings only")
