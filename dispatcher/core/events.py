@@ -21,7 +21,7 @@ crashed:  a worker or its model server died while the item was running.
 """
 
 
-class Opened(msgspec.Struct, frozen=True, array_like=True, tag="open"):
+class Opened(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="open"):
     """The next input line was read: it stands at `offset`, the line after it at `next_offset`."""
 
     work_id: int
@@ -29,7 +29,7 @@ class Opened(msgspec.Struct, frozen=True, array_like=True, tag="open"):
     next_offset: int
 
 
-class Issued(msgspec.Struct, frozen=True, array_like=True, tag="issue"):
+class Issued(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="issue"):
     """A lease was given. `heartbeats` says whether its worker is known to send them."""
 
     work_id: int
@@ -39,7 +39,7 @@ class Issued(msgspec.Struct, frozen=True, array_like=True, tag="issue"):
     solo: bool
 
 
-class Finished(msgspec.Struct, frozen=True, array_like=True, tag="result"):
+class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="result"):
     """A worker's result was taken; `failed` marks an `__ERROR__` line the worker wrote."""
 
     work_id: int
@@ -48,7 +48,7 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag="result"):
     result: msgspec.Raw
 
 
-class Tombstoned(msgspec.Struct, frozen=True, array_like=True, tag="tombstone"):
+class Tombstoned(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="tombstone"):
     """The server wrote the item's `__ERROR__` line; `error` is its kind."""
 
     work_id: int
@@ -56,7 +56,7 @@ class Tombstoned(msgspec.Struct, frozen=True, array_like=True, tag="tombstone"):
     result: msgspec.Raw
 
 
-class LeaseEnded(msgspec.Struct, frozen=True, array_like=True, tag="end"):
+class LeaseEnded(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="end"):
     """A lease ended without a result; `reason` goes into the item's history."""
 
     work_id: int
@@ -66,7 +66,7 @@ class LeaseEnded(msgspec.Struct, frozen=True, array_like=True, tag="end"):
     keep_steps: bool = True
 
 
-class Absolved(msgspec.Struct, frozen=True, array_like=True, tag="absolve"):
+class Absolved(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="absolve"):
     """A crash counted against the item was none: its worker was cut off, not dead.
 
     `charged` says whether that crash had cost one of its reissues.
@@ -76,7 +76,7 @@ class Absolved(msgspec.Struct, frozen=True, array_like=True, tag="absolve"):
     charged: bool
 
 
-class Watched(msgspec.Struct, frozen=True, array_like=True, tag="watch"):
+class Watched(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="watch"):
     """The first heartbeat of the lease's worker came after the lease was given."""
 
     work_id: int

@@ -19,8 +19,9 @@ Nothing here does I/O or reads a clock: `now` is any number of seconds that neve
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import msgspec
 
@@ -68,8 +69,7 @@ class QueuePolicy:
     backup_factor: float = 1.5
 
 
-@dataclass(slots=True, eq=False)
-class Item:
+class Item(msgspec.Struct, eq=False):
     """An open line: read from the input, without a result. `offset` is where it stands there."""
 
     work_id: int
@@ -81,12 +81,11 @@ class Item:
     owes_charge: bool = False
     condemned: bool = False
     queued: bool = False
-    leases: list[Lease] = field(default_factory=list)
-    history: list[Ended] = field(default_factory=list)
+    leases: list[Lease] = []
+    history: list[Ended] = []
 
 
-@dataclass(frozen=True, slots=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True, gc=False):
     """Hand this item to the worker that asked, under this lease."""
 
     work_id: int
@@ -145,6 +144,15 @@ class WorkQueue:
         self._overdue: tuple[float, list[Lease]] = (float("-inf"), [])
         self._written = 0
         self._events: list[Event] = []
+        self._appliers: dict[type[Event], Callable[[Any, float], None]] = {
+            Opened: self._apply_opened,
+            Issued: self._apply_issued,
+            Watched: self._apply_watched,
+            Finished: self._apply_finished,
+            Tombstoned: self._apply_tombstoned,
+            LeaseEnded: self._apply_ended,
+            Absolved: self._apply_absolved,
+        }
 
     # ---------------------------------------------------------------- what the caller asks
 
@@ -346,36 +354,7 @@ class WorkQueue:
 
     def apply(self, event: Event, now: float) -> None:
         """Change the durable state by one event; the only place that does."""
-        match event:
-            case Opened(work_id, offset, next_offset):
-                item = Item(work_id, offset)
-                self.items[work_id] = item
-                self.next_work_id, self.next_offset = work_id + 1, next_offset
-                self._flags.append(_OPEN)
-                self._make_ready(item)
-            case Issued():
-                self._apply_issued(event, now)
-            case Finished(work_id, _, failed):
-                if self._flag(work_id) == _TOMBSTONE:
-                    self._undo_tombstone_count()
-                self.counters.done += 1
-                self.counters.failed += failed
-                self._settle(work_id, _DONE)
-            case Tombstoned(work_id, error):
-                self.counters.done += 1
-                self.counters.failed += 1
-                by_error = self.counters.tombstones
-                by_error[error] = by_error.get(error, 0) + 1
-                # A line that was refused stays so; only an item out of reissues may still get
-                # a late result.
-                self._settle(work_id, _TOMBSTONE if error == MAX_RETRIES_EXCEEDED else _DONE)
-            case Watched(_, serial):
-                if lease := self.leases.get(serial):
-                    lease.heartbeats = True
-            case LeaseEnded():
-                self._apply_ended(event)
-            case Absolved(work_id, charged):
-                self._apply_absolved(work_id, charged)
+        self._appliers[type(event)](event, now)
 
     def checkpoint(self) -> QueueState:
         """Return the durable state, whole."""
@@ -453,6 +432,34 @@ class WorkQueue:
     ) -> None:
         self._record(LeaseEnded(lease.work_id, lease.serial, kind, reason, keep_steps), now)
 
+    def _apply_opened(self, event: Opened, now: float) -> None:
+        item = Item(event.work_id, event.offset)
+        self.items[event.work_id] = item
+        self.next_work_id, self.next_offset = event.work_id + 1, event.next_offset
+        self._flags.append(_OPEN)
+        self._make_ready(item)
+
+    def _apply_finished(self, event: Finished, now: float) -> None:
+        if self._flag(event.work_id) == _TOMBSTONE:
+            self._undo_tombstone_count()
+        self.counters.done += 1
+        self.counters.failed += event.failed
+        self._settle(event.work_id, _DONE)
+
+    def _apply_tombstoned(self, event: Tombstoned, now: float) -> None:
+        self.counters.done += 1
+        self.counters.failed += 1
+        by_error = self.counters.tombstones
+        by_error[event.error] = by_error.get(event.error, 0) + 1
+        # A line that was refused stays so; only an item out of reissues may still get a late
+        # result.
+        replaceable = event.error == MAX_RETRIES_EXCEEDED
+        self._settle(event.work_id, _TOMBSTONE if replaceable else _DONE)
+
+    def _apply_watched(self, event: Watched, now: float) -> None:
+        if lease := self.leases.get(event.serial):
+            lease.heartbeats = True
+
     def _apply_issued(self, event: Issued, now: float) -> None:
         item = self.items.get(event.work_id)
         if item is None:
@@ -477,7 +484,7 @@ class WorkQueue:
         if worker := self.workers.get(lease.worker):
             worker.leases[lease.serial] = lease
 
-    def _apply_ended(self, event: LeaseEnded) -> None:
+    def _apply_ended(self, event: LeaseEnded, now: float) -> None:
         lease = self.leases.get(event.serial)
         if lease is None:
             return
@@ -507,8 +514,8 @@ class WorkQueue:
             item.retries += 1
         self._make_ready(item)
 
-    def _apply_absolved(self, work_id: int, charged: bool) -> None:
-        item = self.items.get(work_id)
+    def _apply_absolved(self, event: Absolved, now: float) -> None:
+        item, charged = self.items.get(event.work_id), event.charged
         if item is None:
             return
         item.crashes = max(0, item.crashes - 1)

@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+import msgspec
+
 PROGRESS_UNKNOWN = -1
 """Progress of a lease restored after a restart, until its worker speaks again."""
 
 _PACE_WEIGHT = 0.2
 
 
-@dataclass(slots=True, eq=False)
-class Lease:
+class Lease(msgspec.Struct, eq=False):
     """The right of one worker to work on one item for a while.
 
     `progress` is 0 while the item waits on the worker and grows with every step.

@@ -11,9 +11,10 @@ import hashlib
 import os
 import shutil
 import stat
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import msgspec
 
 from dispatcher.errors import StateError, UsageError
 
@@ -23,8 +24,7 @@ _SAMPLES = 16
 _BOM = b"\xef\xbb\xbf"
 
 
-@dataclass(frozen=True, slots=True)
-class InputLine:
+class InputLine(msgspec.Struct, frozen=True, gc=False):
     """One line: its text, or why it cannot be handed out.
 
     `defect` is one of `blank_line`, `undecodable_line`, `line_too_long`; `text` is then what can

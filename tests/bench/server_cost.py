@@ -3,6 +3,7 @@
 Starts `dispatcher-server` on a temporary file, lets connections take items and hand in results,
 and prints the CPU time the server used an item (user and system, all threads), which a busy
 machine changes less than the wall clock. Every acknowledgement waits for fdatasync, as always.
+In the same run, a server that only decodes and encodes the same bodies (bare_server.py).
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ import argparse
 import asyncio
 import json
 import tempfile
-import time
 from pathlib import Path
 
 import aiohttp
 
 from tests.bench.measure import cpu_seconds, peak_mib, started
 
-_LINE = json.dumps({"messages": [{"role": "user", "content": "word " * 40}]})
+READY = r"at (http\S+)"
+LINE = json.dumps({"messages": [{"role": "user", "content": "word " * 40}]})
 _RESULT = json.dumps({"response": "word " * 40})
 
 
@@ -49,22 +50,29 @@ async def drain(url: str, connections: int, batch: int, *, want: bool) -> int:
 
 
 def measure(items: int, connections: int, batch: int, *, want: bool) -> None:
-    """Run one setting and print its figures."""
+    """Run one setting on both servers and print their figures."""
+    asked = f"batch {batch:3d}  connections {connections:3d}  want {'yes' if want else 'no ':3}"
+    with started("tests.bench.bare_server", str(items), ready=READY) as (pid, url):
+        bare_us = cost_us(pid, url, items, connections, batch, want=want)
     with tempfile.TemporaryDirectory(prefix="dispatcher-bench-") as directory:
         infile, outfile = Path(directory, "in.jsonl"), Path(directory, "out.jsonl")
-        infile.write_text(f"{_LINE}\n" * items)
+        infile.write_text(f"{LINE}\n" * items)
         arguments = ["--infile", infile, "--outfile", outfile, "--port", "0", "--retry", "1"]
-        with started("dispatcher.server", *arguments, ready=r"at (http\S+)") as (pid, url):
-            before, start = cpu_seconds(pid), time.perf_counter()
-            answered = asyncio.run(drain(url, connections, batch, want=want))
-            used_s, wall_s = cpu_seconds(pid) - before, time.perf_counter() - start
-            assert answered == items
+        with started("dispatcher.server", *arguments, ready=READY) as (pid, url):
+            used_us = cost_us(pid, url, items, connections, batch, want=want)
             print(
-                f"batch {batch:3d}  connections {connections:3d}  want {'yes' if want else 'no ':3}"
-                f"  {used_s / items * 1e6:7.1f} us CPU an item  {items / wall_s:8.0f} items/s"
-                f"  {peak_mib(pid):6.0f} MiB",
+                f"{asked}  {used_us:7.1f} us CPU an item  bare {bare_us:7.1f}"
+                f"  ratio {used_us / bare_us:4.2f}  {peak_mib(pid):6.0f} MiB",
                 flush=True,
             )
+
+
+def cost_us(pid: int, url: str, items: int, connections: int, batch: int, *, want: bool) -> float:
+    """Have every item answered; return the server's CPU microseconds an item."""
+    before = cpu_seconds(pid)
+    answered = asyncio.run(drain(url, connections, batch, want=want))
+    assert answered == items
+    return (cpu_seconds(pid) - before) / items * 1e6
 
 
 def main() -> None:
