@@ -134,7 +134,7 @@ class Wire:
         return Call(
             "POST",
             "/release",
-            _encode(body),
+            _encode_lone_surrogates_too(body),
             ReleaseWorkResponse,
             ReleaseWorkResponse(WorkStatus.SERVER_UNAVAILABLE),
             ReleaseWorkResponse(WorkStatus.SERVER_UNAVAILABLE),
@@ -179,12 +179,12 @@ def _sentence(body: bytes) -> str:
         return body[:200].decode("utf-8", "replace") or "no reason given"
 
 
-def _encode_lone_surrogates_too(body: BatchResultSubmission) -> bytes:
+def _encode_lone_surrogates_too(body: BatchResultSubmission | ReleaseWorkRequest) -> bytes:
     try:
         return _encode(body)
     except UnicodeEncodeError:
-        # A result with half a surrogate pair cannot be UTF-8; as an escape it arrives, and the
-        # server refuses that one item instead of this client the whole batch.
+        # A text with half a surrogate pair cannot be UTF-8; as an escape it arrives, and the
+        # server judges that one item instead of this client refusing the batch.
         return json.dumps(msgspec.to_builtins(body)).encode("ascii")
 
 

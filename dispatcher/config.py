@@ -71,7 +71,7 @@ def _apply_config_file(parser: Parser, path: Path) -> None:
         content = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read --config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"--config {path} is not YAML: {error}") from error
     if content is None:
         return
@@ -96,7 +96,9 @@ def _set_default(parser: Parser, action: argparse.Action, key: str, value: Any, 
         kind = "true or false" if is_switch else "a value"
         raise UsageError(f"--config {path}: {key} needs {kind}, not {value!r}")
     if not is_switch:
-        if isinstance(value, list):
+        if isinstance(action, argparse._AppendAction) and not isinstance(value, list):
+            value = [value]
+        if isinstance(value, list) and isinstance(action, argparse._AppendAction):
             value = [str(part) for part in value]
         elif isinstance(value, str | int | float):
             value = str(value)  # argparse converts a default that is a string

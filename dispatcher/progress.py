@@ -86,7 +86,7 @@ class BarDisplay:
         self._progress = Progress(
             BarColumn(),
             TaskProgressColumn(),
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             console=Console(file=stream),
         )
         self._task = self._progress.add_task("starting", total=None)

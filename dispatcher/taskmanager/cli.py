@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from dispatcher.taskmanager.backend.local import DEFAULT_MODEL, MAX_PARALLEL, Lo
 from dispatcher.taskmanager.backend.openai_compatible import Endpoint, OpenAICompatibleBackend
 from dispatcher.taskmanager.backend.vllm import VLLMBackend, VLLMSettings
 from dispatcher.taskmanager.manager import Manager
+from dispatcher.taskmanager.step_threads import THREAD_NAME
 from dispatcher.taskmanager.task.base import Task
 from dispatcher.taskmanager.task.loading import load_task, parse_task_args
 from dispatcher.taskmanager.tasksource.dispatcher import DispatcherTaskSource
@@ -36,6 +38,7 @@ from dispatcher.taskmanager.tasksource.leased import LeasedSource
 BACKENDS = ("vllm", "openai", "local", "fake")
 DEFAULT_WORKERS = 64
 FAKE_MODEL = "fake"
+_THREAD_END_S = 0.1
 OPENAI_URL = "https://api.openai.com/v1"
 
 
@@ -194,17 +197,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(error.exit_code)
     sys.stdout.flush()
     sys.stderr.flush()
-    if threads_left_behind():
-        # A task's code that blocks for good must not keep the process.
+    if _task_code_still_runs():
+        # It blocks, perhaps for good; tearing the interpreter down under it could crash.
         os._exit(code)
     return code
 
 
-def threads_left_behind() -> bool:
-    """Say whether a thread of task code is still running."""
-    import threading
-
-    return any(thread.name == "task-steps" for thread in threading.enumerate())
+def _task_code_still_runs() -> bool:
+    """Say whether a thread of task code did not end when its manager did."""
+    threads = [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
+    for thread in threads:
+        thread.join(_THREAD_END_S)
+    return any(thread.is_alive() for thread in threads)
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -79,6 +79,8 @@ class Attempt:
     def _proceed(self, task: Task) -> Step:
         requests: list[Request] = []
         while (request := task.get_next_request()) is not None:
+            if not isinstance(request, Request):
+                raise TypeError(f"get_next_request returned {type(request).__name__}, no Request")
             requests.append(request)
         if task.is_done():
             return self._end(task)
@@ -97,15 +99,15 @@ class Attempt:
 
     def _guarded(self, call: Callable[[], Step]) -> Step:
         try:
-            return call()
-        except TaskFailed as failure:
-            data = self.task.data if self.task is not None else None
-            return Answered(error_line(failure.error_type, failure.message, data))
-        except TaskRetry as retry:
-            return WantsRetry(retry.message)
+            try:  # the texts of these two are the author's too, and may not be texts
+                return call()
+            except TaskFailed as failure:
+                data = self.task.data if self.task is not None else None
+                return Answered(error_line(str(failure.error_type), str(failure.message), data))
+            except TaskRetry as retry:
+                return WantsRetry(str(retry.message))
         except BaseException as error:  # noqa: BLE001
-            # Task code may raise anything, SystemExit included; one item pays, nothing else.
-            return Raised(f"{type(error).__name__}: {error}", _place_of(error))
+            return Raised(f"{type(error).__name__}: {_text_of(error)}", _place_of(error))
 
 
 def task_of_line(task_class: type[Task], item: WorkItem) -> Task | Answered:
@@ -185,6 +187,13 @@ def _dump(value: Any) -> str:
         if isinstance(text, str):
             error[key] = text[:_SHOWN_CHARACTERS]
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace").decode()
+
+
+def _text_of(error: BaseException) -> str:
+    try:
+        return str(error)
+    except BaseException as second:  # noqa: BLE001 (the author's __str__ may raise anything)
+        return f"(its message cannot be had: {type(second).__name__})"
 
 
 def _place_of(error: BaseException) -> str:

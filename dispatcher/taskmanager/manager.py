@@ -41,7 +41,8 @@ class Manager:
         self._slots = RequestSlots(workers)
         self._max_active = max_active or 4 * workers
         self._active: dict[asyncio.Task[None], Assignment] = {}
-        self._starting = 0
+        self._starting: set[Assignment] = set()
+        self._crashed: list[Assignment] = []
         self._solo = False
         self._room = asyncio.Event()
         self._failure: BaseException | None = None
@@ -91,7 +92,7 @@ class Manager:
         return assignment
 
     def _start(self, assignment: Assignment) -> None:
-        self._starting += 1
+        self._starting.add(assignment)
         self.totals.started += 1
         order = self.totals.started
         task = asyncio.ensure_future(self._run_item(assignment, order))
@@ -115,7 +116,7 @@ class Manager:
             try:
                 step = await self._threads.run(attempt.begin)
             finally:
-                self._starting -= 1
+                self._starting.discard(assignment)
             while isinstance(step, list):
                 if len(step) == 1 and not asking:
                     responses = [await self._ask(step[0], order)]
@@ -137,6 +138,9 @@ class Manager:
         await self._slots.acquire(order)
         try:
             return await self._backend.process(request)
+        except Exception as error:
+            self._fail(error)  # before the slot gets free: nothing else may start in it
+            raise
         finally:
             self._slots.release()
             self._room.set()
@@ -145,10 +149,8 @@ class Manager:
         self, request: Request, order: int, answers: asyncio.Queue[Response]
     ) -> asyncio.Task[None]:
         async def ask() -> None:
-            try:
+            with contextlib.suppress(Exception):  # _ask told it, and the manager ends
                 answers.put_nowait(await self._ask(request, order))
-            except BackendError as error:
-                self._fail(error)
 
         return asyncio.ensure_future(ask())
 
@@ -156,7 +158,7 @@ class Manager:
         """How many items should be started now: enough to fill the slots, started ones first."""
         if self._solo:
             return 0
-        free_slots = self._slots.limit - self._slots.demand - self._starting
+        free_slots = self._slots.limit - self._slots.demand - len(self._starting)
         return max(0, min(free_slots, self._max_active - len(self._active)))
 
     async def _until(self, condition: Callable[[], bool]) -> None:
@@ -165,11 +167,13 @@ class Manager:
             await self._room.wait()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        self._active.pop(task, None)
+        assignment = self._active.pop(task)
+        self._starting.discard(assignment)
         self._solo = self._solo and bool(self._active)
         self.totals.ended += 1
         self._room.set()
         if not task.cancelled() and (error := task.exception()) is not None:
+            self._crashed.append(assignment)
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
@@ -177,7 +181,7 @@ class Manager:
         self._feeding.cancel()
 
     async def _abandon(self) -> None:
-        held = list(self._active.values())
+        held = [*self._active.values(), *self._crashed]
         tasks = list(self._active)
         for task in tasks:
             task.cancel()

@@ -37,15 +37,16 @@ class RequestSlots:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():
                 self.release()
-            else:
+            elif entry in self._waiters:
                 self._waiters.remove(entry)
                 heapq.heapify(self._waiters)
             raise
 
     def release(self) -> None:
         """Pass the slot on, or free it."""
-        if self._waiters:
+        while self._waiters:
             _, _, turn = heapq.heappop(self._waiters)
-            turn.set_result(None)
-        else:
-            self.in_use -= 1
+            if not turn.done():  # else cancelled, though its coroutine has not run yet
+                turn.set_result(None)
+                return
+        self.in_use -= 1

@@ -23,6 +23,7 @@ SLOW_STEP_S = 0.05
 
 WARN_STEP_S = 1.0
 MAX_THREADS = 64
+THREAD_NAME = "task-steps"
 _IDLE_S = 10.0
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,8 @@ class StepThreads:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._jobs: queue.SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]]] = (
+        # None tells one thread to end.
+        self._jobs: queue.SimpleQueue[tuple[asyncio.Future[Any], Callable[[], Any]] | None] = (
             queue.SimpleQueue()
         )
         self._results: deque[tuple[asyncio.Future[Any], Any, BaseException | None]] = deque()
@@ -61,6 +63,8 @@ class StepThreads:
         self._closed = True
         if self._watch is not None:
             self._watch.cancel()
+        for _ in range(self._threads):
+            self._jobs.put(None)
 
     # ---------------------------------------------------------------- on the event loop
 
@@ -80,7 +84,7 @@ class StepThreads:
         with self._lock:
             self._threads += 1
         # A daemon: a task that blocks for good must not keep the process from ending.
-        threading.Thread(target=self._work, name="task-steps", daemon=True).start()
+        threading.Thread(target=self._work, name=THREAD_NAME, daemon=True).start()
 
     def _deliver(self) -> None:
         self._delivery_due = False
@@ -99,13 +103,16 @@ class StepThreads:
         ident = threading.get_ident()
         while not self._closed:
             try:
-                future, step = self._jobs.get(timeout=_IDLE_S)
+                job = self._jobs.get(timeout=_IDLE_S)
             except queue.Empty:
                 with self._lock:
                     if self._threads > 1:
                         self._threads -= 1
                         return
                 continue
+            if job is None:
+                return
+            future, step = job
             start = self._busy_since[ident] = time.monotonic()
             value, error = None, None
             try:

@@ -1522,4 +1522,4 @@ def test_no_item_is_done_twice_and_none_is_lost(
 def test_an_item_is_described_whole_in_a_checkpoint() -> None:
     """Whoever adds a durable field to Item must carry it through ItemState too."""
     volatile = {"queued"}
-    assert set(Item.__dataclass_fields__) - volatile == set(ItemStateFields)
+    assert set(Item.__struct_fields__) - volatile == set(ItemStateFields)

@@ -107,7 +107,7 @@ class OpenAICompatibleBackend(Backend):
 
     def healthy(self) -> bool:
         """Say whether the endpoint answered when it was last needed."""
-        return self._serving.is_set()
+        return self._serving.is_set() and self._dead is None
 
     def declare_dead(self, error: BackendError) -> None:
         """The server's process ended: every request, waiting ones too, raises this from now."""
@@ -123,13 +123,15 @@ class OpenAICompatibleBackend(Backend):
 
     async def process(self, request: Request) -> Response:
         """Answer one request. Raises BackendError only when the server is gone for good."""
-        content = request.content
-        if "model" not in content and self._endpoint.model is not None:
-            content = {**content, "model": self._endpoint.model}
-        model = content.get("model")
+        content, model = request.content, self._endpoint.model
         try:
+            if not isinstance(content, dict):
+                raise TypeError(f"its content is {type(content).__name__}, not a dict")
+            if "model" not in content and model is not None:
+                content = {**content, "model": model}
+            model = content.get("model")
             path, body = _path_of(content), msgspec.json.encode(content)
-        except (ValueError, TypeError, UnicodeEncodeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             return Response.from_error(request, f"the request cannot be sent: {error}", model)
         faults = overloads = 0
         while True:

@@ -15,6 +15,7 @@ from dispatcher.errors import BackendError
 
 _LAST_LINES = 20
 _POLL_S = 0.1
+_READ_BYTES = 1 << 20
 
 
 class ServerProcess:
@@ -101,8 +102,9 @@ class ServerProcess:
 
     def _output(self) -> str:
         with contextlib.suppress(OSError), self.log_path.open("rb") as log:
-            log.seek(self._log_start)
-            return log.read(1 << 20).decode("utf-8", "replace")
+            end = log.seek(0, os.SEEK_END)
+            log.seek(max(self._log_start, end - _READ_BYTES))
+            return log.read(_READ_BYTES).decode("utf-8", "replace")
         return ""
 
     def _log_hint(self) -> str:

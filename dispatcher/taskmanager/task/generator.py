@@ -133,8 +133,8 @@ class GeneratorTask(Task):
             self._finish(stop.value)
         except TaskFailed as failure:
             error = {
-                "error": failure.error_type,
-                "message": failure.message,
+                "error": str(failure.error_type),
+                "message": str(failure.message),
                 "task_data": self.data,
             }
             self._finish({"__ERROR__": error})

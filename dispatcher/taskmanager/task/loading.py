@@ -71,7 +71,7 @@ def parse_task_args(pairs: Sequence[str], file: Path | None) -> dict[str, Any]:
             content = yaml.safe_load(file.read_text("utf-8"))
         except OSError as error:
             raise TaskLoadError(f"cannot read --task-args {file}: {error.strerror}") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise TaskLoadError(f"--task-args {file} is not YAML: {error}") from error
         if not isinstance(content, dict):
             raise TaskLoadError(f"--task-args {file} must hold `name: value` lines")
@@ -82,7 +82,7 @@ def parse_task_args(pairs: Sequence[str], file: Path | None) -> dict[str, Any]:
             raise TaskLoadError(f"--task-arg {pair!r} is not KEY=VALUE")
         try:
             args[key] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             args[key] = text
     return args
 
@@ -99,7 +99,7 @@ def _import(name: str, spec: str) -> ModuleType:
                 "start from the directory it is in"
             ) from error
         raise TaskLoadError(f"--task {spec!r}: importing it failed: {_where(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Importing runs the author's code, which may raise anything.
         raise TaskLoadError(f"--task {spec!r}: importing it failed: {_where(error)}") from error
 

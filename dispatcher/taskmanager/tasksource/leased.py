@@ -45,7 +45,7 @@ POLL_S = 20.0
 
 _GIVE_BACK_S = 2.5
 _REPORT_ITEMS = 1024
-_REPORT_BYTES = 16 << 20
+_REPORT_CHARACTERS = 8 << 20  # at most 4 bytes each, and escapes; a body may have 64 MiB
 _FIRST_DELAY_S = 0.1
 _LONGEST_DELAY_S = 5.0
 
@@ -141,21 +141,20 @@ class LeasedSource(WorkSource):
         item: WorkItem = assignment.item
         match outcome:
             case Answered(result):
-                item.set_result(result)
-                self._results.append(item)
+                self._queue_result(item, result)
             case WantsRetry(reason):
                 self._queue_release(item, f"task_retry: {reason}")
             case Raised(message, place):
                 log.warning("line %d: the task raised %s (%s)", item.work_id, message, place)
                 if _is_last_attempt(item):
-                    item.set_result(exception_line(outcome, item))
-                    self._results.append(item)
+                    self._queue_result(item, exception_line(outcome, item))
                 else:
                     self._queue_release(item, f"task_exception: {message} ({place})")
         self._something_to_send.set()
 
     async def give_back(self, assignments: list[Assignment], reason: str) -> None:
         """Report what is finished and release the rest, within a few seconds."""
+        self._closing = True
         for task in (self._exchange, self._poll):
             if task is not None:
                 task.cancel()
@@ -238,7 +237,7 @@ class LeasedSource(WorkSource):
         for item in self._results:
             batch.append(item)
             size += len(item.result or "") + len(item.content)
-            if len(batch) == _REPORT_ITEMS or size > _REPORT_BYTES:
+            if len(batch) == _REPORT_ITEMS or size > _REPORT_CHARACTERS:
                 break
         want = self._need() if self._poll is None else 0
         reply = await self._link.submit_results(batch, want)
@@ -309,9 +308,16 @@ class LeasedSource(WorkSource):
         enough = self._buffer and need < max(1, self._batch_size // 2)
         return 0 if enough else max(0, need)
 
+    def _queue_result(self, item: WorkItem, result: str) -> None:
+        item.set_result(result)
+        if item.lease is not None:
+            item.content = ""  # only older servers, which grant no leases, want it back
+        self._results.append(item)
+
     def _queue_release(self, item: WorkItem, reason: str, *, charge: bool = True) -> None:
         self._held.pop(_key(item), None)
         steps = "drop" if charge else "keep"
+        reason = reason.encode("utf-8", "replace").decode()
         self._releases.append(ReleaseItem(item.work_id, item.lease, charge, reason[:500], steps))
 
     def _drop(self, assignment: Assignment) -> None:

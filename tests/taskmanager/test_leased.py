@@ -1,0 +1,789 @@
+"""The worker's side of the protocol: what it fetches, reports and gives back, and when."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+import pytest
+
+from dispatcher.errors import BackendError, ServerLostError
+from dispatcher.models import HeartbeatResponse, ReleaseItem, WorkerStats, WorkItem, WorkStatus
+from dispatcher.taskmanager.execution import Answered, Attempt, Raised, WantsRetry
+from dispatcher.taskmanager.manager import Manager
+from dispatcher.taskmanager.tasksource import leased
+from dispatcher.taskmanager.tasksource.base import Assignment
+from dispatcher.taskmanager.tasksource.leased import LeasedSource
+from tests.taskmanager.doubles import (
+    StubBackend,
+    StubLink,
+    TaskGenerator,
+    ask,
+    run,
+    task_of,
+    turns,
+    until,
+)
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask a server that is away again after milliseconds, not seconds."""
+    monkeypatch.setattr(leased, "_FIRST_DELAY_S", 0.005)
+    monkeypatch.setattr(leased, "_LONGEST_DELAY_S", 0.02)
+
+
+def line(number: int, **fields: Any) -> WorkItem:
+    return WorkItem(number, f'{{"key": "i{number}"}}', lease=f"{number}.1", run="r", **fields)
+
+
+def lines(count: int) -> list[WorkItem]:
+    return [line(number) for number in range(count)]
+
+
+def question(self: Any) -> TaskGenerator:
+    response = yield ask(self.data["key"])
+    return {"key": self.data["key"], "text": response.get_text()}
+
+
+def source_of(
+    link: StubLink,
+    generator: Callable[[Any], Any] = question,
+    *,
+    batch_size: int = 4,
+    server_timeout_s: float = 5.0,
+) -> LeasedSource:
+    return LeasedSource(
+        link,
+        task_of(generator),
+        worker="w",
+        batch_size=batch_size,
+        server_timeout_s=server_timeout_s,
+        backend_up=lambda: True,
+        stats=WorkerStats,
+    )
+
+
+@asynccontextmanager
+async def started(
+    link: StubLink, wanted: Callable[[], int] = lambda: 0, **options: Any
+) -> AsyncIterator[LeasedSource]:
+    """Run a source whose test takes items itself, and end it."""
+    source = source_of(link, **options)
+    await source.start(wanted)
+    try:
+        yield source
+    finally:
+        for task in (source._exchange, source._poll):
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+
+
+async def finish(source: LeasedSource, item: Assignment, outcome: Any = None) -> None:
+    await source.finish(item, Attempt(item.build), outcome or Answered('{"done": true}'))
+
+
+async def begin(source: LeasedSource) -> Assignment:
+    """Take the next item as the manager does."""
+    item = await source.next()
+    assert item is not None
+    item.progress = 1
+    return item
+
+
+async def take_all(source: LeasedSource) -> None:
+    """Take items for ever."""
+    while True:
+        await source.next()
+
+
+def released(link: StubLink) -> dict[int, ReleaseItem]:
+    counts = Counter(item.work_id for item in link.released)
+    assert set(counts.values()) <= {1}, "each is released once"
+    return {item.work_id: item for item in link.released}
+
+
+async def work_through(source: LeasedSource, workers: int = 4) -> None:
+    await Manager(source, StubBackend(), workers=workers).run()
+
+
+# --- fetching -----------------------------------------------------------------------------------
+
+
+def test_every_line_is_answered_once_and_then_the_connection_is_closed() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(500))
+
+        await work_through(source_of(link))
+
+        assert sorted(item.work_id for item in link.submitted) == list(range(500))
+        assert all(
+            json.loads(item.result or "") == {"key": f"i{item.work_id}", "text": "yes"}
+            for item in link.submitted
+        )
+        assert {(item.lease, item.run) for item in link.submitted} == {
+            (f"{n}.1", "r") for n in range(500)
+        }
+        assert not link.released
+        assert link.closed
+
+    run(scenario())
+
+
+def test_it_keeps_a_batch_ahead_of_what_the_manager_could_start() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(100))
+        async with started(link, lambda: 3, batch_size=8) as source:
+            await until(lambda: link.asked, "the first call")
+            assert link.asked[0][0] == 11
+
+            await until(lambda: len(source.heartbeat_request().held) >= 11, "the items")
+            await asyncio.sleep(0.02)
+            assert len(source.heartbeat_request().held) == 11  # and no more than that
+
+    run(scenario())
+
+
+def test_it_asks_again_when_half_of_what_was_ready_is_taken_not_for_every_item() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(100))
+        async with started(link, batch_size=8) as source:
+            await until(lambda: len(source.heartbeat_request().held) == 8, "the items")
+            for _ in range(3):
+                await source.next()
+            await asyncio.sleep(0.02)
+            assert [count for count, _ in link.asked] == [8]
+
+            await source.next()
+            await until(lambda: len(link.asked) == 2, "another call")
+            assert link.asked[1][0] == 4
+
+    run(scenario())
+
+
+def test_a_call_for_work_is_held_open_by_the_server_and_there_is_only_one() -> None:
+    async def scenario() -> None:
+        link = StubLink()
+        link.open = {0}  # somebody else works on the last line
+        async with started(link) as source:
+            taking = asyncio.ensure_future(source.next())
+            await until(lambda: link.asked, "the call")
+            await asyncio.sleep(0.03)
+            assert link.asked == [(4, leased.POLL_S)]
+
+            link.work.append(line(7))
+            item = await asyncio.wait_for(taking, 2)
+            assert item is not None
+            assert item.key == "7.1"
+
+    run(scenario())
+
+
+def test_when_results_go_out_the_want_for_more_rides_on_them() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(100))
+        under_way, go_on = asyncio.Event(), asyncio.Event()
+        submit = link.submit_results
+
+        async def slowly(items: Any, want: int = 0) -> Any:
+            under_way.set()
+            await go_on.wait()
+            return await submit(items, want)
+
+        link.submit_results = slowly  # type: ignore[method-assign]
+        async with started(link, batch_size=8) as source:
+            first = await begin(source)
+            await finish(source, first)
+            await under_way.wait()
+            later = [await begin(source) for _ in range(5)]  # while that report is under way
+            await finish(source, later[0])
+            go_on.set()
+            await until(lambda: len(link.submitted) == 2, "both results")
+            await until(lambda: len(source.heartbeat_request().held) == 12, "six more items")
+
+            assert link.wants == [0, 6]
+            assert len(link.asked) == 1  # the very first call
+
+    run(scenario())
+
+
+def test_results_that_are_ready_together_go_in_one_call() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(50))
+        async with started(link, batch_size=50) as source:
+            items = [await begin(source) for _ in range(50)]
+            for item in items:
+                await finish(source, item)
+            await until(lambda: len(link.submitted) == 50, "the results")
+
+            assert len(link.wants) <= 2
+
+    run(scenario())
+
+
+def test_a_report_is_bounded_in_items_and_in_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leased, "_REPORT_ITEMS", 10)
+    monkeypatch.setattr(leased, "_REPORT_CHARACTERS", 5000)
+
+    async def scenario() -> None:
+        link = StubLink(*lines(40))
+        sizes: list[tuple[int, int]] = []
+        submit = link.submit_results
+
+        async def noting(items: Any, want: int = 0) -> Any:
+            sizes.append((len(items), sum(len(item.result) for item in items)))
+            return await submit(items, want)
+
+        link.submit_results = noting  # type: ignore[method-assign]
+        async with started(link, batch_size=40) as source:
+            for number in range(40):
+                item = await begin(source)
+                result = json.dumps({"x": "y" * (2000 if number < 20 else 1)})
+                await finish(source, item, Answered(result))
+            await until(lambda: len(link.submitted) == 40, "the results")
+
+            assert max(count for count, _ in sizes) == 10
+            assert max(size for _, size in sizes) < 5000 + 2 * 2100
+
+    run(scenario())
+
+
+def test_the_server_may_send_the_worker_away_for_a_while() -> None:
+    async def scenario() -> None:
+        link = StubLink()
+        link.open, link.retry_in = {0}, 0.15
+        async with started(link) as source:
+            taking = asyncio.ensure_future(source.next())
+            await until(lambda: link.asked, "the first call")
+            start = time.monotonic()
+            await asyncio.sleep(0.1)
+            assert len(link.asked) == 1
+
+            link.work.append(line(0))
+            await asyncio.wait_for(taking, 2)
+            assert len(link.asked) == 2
+            assert time.monotonic() - start >= 0.14
+
+    run(scenario())
+
+
+def test_results_go_out_while_the_worker_is_sent_away_and_ask_for_nothing() -> None:
+    async def scenario() -> None:
+        link = StubLink(line(0))
+        link.open.add(1)
+        link.retry_in = 30.0
+        async with started(link) as source:
+            item = await begin(source)
+            await until(lambda: len(link.asked) == 2, "it is sent away")
+            await finish(source, item)
+            await until(lambda: link.submitted, "the result")
+
+            assert link.wants == [0]
+
+    run(scenario())
+
+
+def test_an_older_servers_items_without_leases_go_by_their_line() -> None:
+    async def scenario() -> None:
+        link = StubLink(*(WorkItem(n, f'{{"key": "i{n}"}}') for n in range(20)))
+
+        await work_through(source_of(link))
+
+        assert sorted(item.work_id for item in link.submitted) == list(range(20))
+        assert {item.lease for item in link.submitted} == {None}
+
+    run(scenario())
+
+
+def test_a_line_that_needs_the_engine_for_itself_says_so() -> None:
+    async def scenario() -> None:
+        async with started(StubLink(line(0, solo=True), line(1))) as source:
+            assert [(await begin(source)).solo for _ in range(2)] == [True, False]
+
+    run(scenario())
+
+
+def test_when_all_work_is_complete_what_is_held_is_dropped() -> None:
+    """Others answered it; a result that is finished here is reported all the same."""
+
+    async def scenario() -> None:
+        link = StubLink(*lines(3))
+        async with started(link, lambda: 4, batch_size=3) as source:
+            cancelled: list[str] = []
+            items = [await begin(source) for _ in range(3)]
+            for item in items:
+                item.cancel = lambda key=item.key: cancelled.append(key)  # type: ignore[misc]
+            await finish(source, items[0])
+            link.open.clear()
+
+            assert await asyncio.wait_for(source.next(), 2) is None
+            assert sorted(cancelled) == ["1.1", "2.1"]
+            assert source.heartbeat_request().held == {}
+            await until(lambda: link.submitted, "the result")
+            await source.close()
+            assert not link.released
+
+    run(scenario())
+
+
+# --- how an attempt's end is reported -----------------------------------------------------------
+
+
+async def report(item: WorkItem, outcome: Any) -> StubLink:
+    """Report one item's end and return what the server was told."""
+    link = StubLink(item)
+    async with started(link) as source:
+        await finish(source, await begin(source), outcome)
+        await until(lambda: link.submitted or link.released, "the report")
+        assert source.heartbeat_request().held == {}
+    return link
+
+
+def test_a_task_that_wants_another_attempt_is_released_charged_without_its_steps() -> None:
+    link = run(report(line(0), WantsRetry("the model rambled")))
+
+    assert link.released == [ReleaseItem(0, "0.1", True, "task_retry: the model rambled", "drop")]
+    assert not link.submitted
+
+
+@pytest.mark.parametrize("retries", [(0, 3), (2, 3), (50, -1), (5, None)])
+def test_an_exception_is_released_charged_while_attempts_are_left(
+    retries: tuple[int, int | None],
+) -> None:
+    item = line(0, retry_count=retries[0], max_retries=retries[1])
+    link = run(report(item, Raised("KeyError: 'x'", "t.py:3 in f")))
+
+    [release] = link.released
+    assert (release.work_id, release.lease, release.charge) == (0, "0.1", True)
+    assert release.reason == "task_exception: KeyError: 'x' (t.py:3 in f)"
+    assert not link.submitted
+
+
+@pytest.mark.parametrize("retries", [(3, 3), (0, 0), (4, 3)])
+def test_the_last_attempts_exception_is_the_lines_error_line(retries: tuple[int, int]) -> None:
+    item = line(0, retry_count=retries[0], max_retries=retries[1])
+    link = run(report(item, Raised("KeyError: 'x'", "t.py:3 in f")))
+
+    assert not link.released
+    error = json.loads(link.submitted[0].result or "")["__ERROR__"]
+    assert error["error"] == "task_exception"
+    assert error["message"] == "KeyError: 'x'"
+    assert error["place"] == "t.py:3 in f"
+    assert error["original_content"] == '{"key": "i0"}'
+
+
+def test_a_retry_in_the_last_attempt_is_the_servers_to_judge() -> None:
+    link = run(report(line(0, retry_count=3, max_retries=3), WantsRetry("again")))
+
+    assert [release.charge for release in link.released] == [True]
+
+
+@pytest.mark.parametrize(
+    "outcome", [WantsRetry("half a \ud83d"), Raised("ValueError: half a \ud83d", "p")]
+)
+def test_a_reason_that_quotes_half_a_surrogate_pair_can_be_sent(outcome: Any) -> None:
+    link = run(report(line(0), outcome))
+
+    assert b"half a " in msgspec.json.encode(link.released)
+
+
+def test_a_long_reason_is_cut() -> None:
+    link = run(report(line(0), WantsRetry("x" * 10_000)))
+
+    assert len(link.released[0].reason) == 500
+
+
+# --- the server goes away -----------------------------------------------------------------------
+
+
+def test_while_the_server_is_away_work_goes_on_and_every_result_arrives_once() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(60))
+        source = source_of(link, batch_size=30)
+        backend = StubBackend(delay_s=0.002)
+        working = asyncio.ensure_future(Manager(source, backend, workers=2).run())
+        await until(lambda: len(link.submitted) >= 5, "the first results")
+        link.up = False
+        reported, asked = len(link.submitted), len(backend.log)
+        await until(lambda: len(backend.log) >= asked + 15, "work goes on")
+        assert len(link.submitted) == reported
+        link.up = True
+        await asyncio.wait_for(working, 5)
+
+        assert sorted(item.work_id for item in link.submitted) == list(range(60))
+
+    run(scenario())
+
+
+def test_a_report_whose_reply_was_lost_is_sent_again() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(10))
+        link.loses_replies = 2
+
+        await work_through(source_of(link))
+
+        counts = Counter(item.work_id for item in link.submitted)
+        assert set(counts) == set(range(10))
+        assert not link.open
+
+    run(scenario())
+
+
+def test_releases_wait_for_the_server_too() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(2))
+        async with started(link) as source:
+            items = [await begin(source) for _ in range(2)]
+            link.up = False
+            for item in items:
+                await finish(source, item, WantsRetry("again"))
+            attempts = link.attempts
+            await until(lambda: link.attempts > attempts + 3, "it keeps trying")
+            link.up = True
+            await until(lambda: len(link.released) == 2, "the releases")
+
+            assert sorted(released(link)) == [0, 1]
+
+    run(scenario())
+
+
+def test_it_asks_an_absent_server_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leased, "_FIRST_DELAY_S", 0.02)
+    monkeypatch.setattr(leased, "_LONGEST_DELAY_S", 5.0)
+
+    async def scenario() -> None:
+        link = StubLink(line(0))
+        link.up = False
+        async with started(link):
+            await asyncio.sleep(0.2)
+            assert 2 <= link.attempts <= 5
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("has_results", [False, True])
+def test_a_server_that_stays_away_for_longer_than_the_time_out_is_lost(has_results: bool) -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(2))
+        async with started(link, server_timeout_s=0.1, batch_size=1) as source:
+            item = await begin(source)
+            link.up = False
+            start = time.monotonic()
+            if has_results:
+                await finish(source, item)
+            with pytest.raises(ServerLostError, match=r"--server-timeout"):
+                await asyncio.wait_for(take_all(source), 2)
+
+            assert time.monotonic() - start > 0.1
+
+    run(scenario())
+
+
+def test_a_lost_server_ends_the_manager_too() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(50))
+        source = source_of(link, server_timeout_s=0.1)
+        working = asyncio.ensure_future(
+            Manager(source, StubBackend(delay_s=0.002), workers=2).run()
+        )
+        await until(lambda: len(link.submitted) >= 5, "the first results")
+        link.up = False
+        await asyncio.wait([working], timeout=4)
+
+        assert isinstance(working.exception(), ServerLostError)
+        assert link.closed
+
+    run(scenario())
+
+
+def test_a_server_that_was_away_and_came_back_may_be_away_again_as_long() -> None:
+    async def scenario() -> None:
+        link = StubLink(line(0))
+        link.open.add(9)
+        async with started(link, server_timeout_s=0.15) as source:
+            await begin(source)
+            for number in range(1, 4):
+                link.up = False
+                await asyncio.sleep(0.09)
+                link.up = True
+                link.work.append(line(number))
+                await asyncio.wait_for(begin(source), 2)
+
+    run(scenario())
+
+
+def test_a_server_lost_while_the_last_results_are_reported_is_told_by_close() -> None:
+    async def scenario() -> None:
+        link = StubLink(line(0))
+        async with started(link, server_timeout_s=0.1) as source:
+            item = await begin(source)
+            link.up = False
+            await finish(source, item)
+            with pytest.raises(ServerLostError):
+                await asyncio.wait_for(source.close(), 3)
+
+    run(scenario())
+
+
+# --- verdicts -----------------------------------------------------------------------------------
+
+
+def verdict(**keys: Iterable[str]) -> HeartbeatResponse:
+    return HeartbeatResponse(WorkStatus.OK, **{k: list(v) for k, v in keys.items()})
+
+
+def test_a_heartbeat_names_everything_held_with_its_progress() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(3))
+        link.open.add(9)
+        async with started(link, batch_size=3) as source:
+            first = await begin(source)
+            await until(lambda: len(source.heartbeat_request().held) == 3, "the items")
+            first.progress = 5
+            request = source.heartbeat_request()
+
+            assert request.worker == "w"
+            assert request.held == {"0.1": 5, "1.1": 0, "2.1": 0}
+            assert request.backend == "up"
+            assert request.stats == WorkerStats()
+
+            await finish(source, first)
+            await until(lambda: link.submitted, "the result")
+            await turns()
+            assert "0.1" not in source.heartbeat_request().held
+
+    run(scenario())
+
+
+def test_a_heartbeat_says_when_the_model_server_is_down() -> None:
+    async def scenario() -> None:
+        source = source_of(StubLink())
+        source._backend_up = lambda: False
+        assert source.heartbeat_request().backend == "down"
+
+    run(scenario())
+
+
+def test_what_is_done_elsewhere_is_dropped_started_or_not() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(4))
+        link.open.add(9)
+        async with started(link, batch_size=4) as source:
+            cancelled: list[str] = []
+            first = await begin(source)
+            first.cancel = lambda: cancelled.append(first.key)
+            await until(lambda: len(source.heartbeat_request().held) == 4, "the items")
+
+            source.take_verdict(verdict(done=["0.1", "2.1", "not mine"]))
+
+            assert cancelled == ["0.1"]
+            assert set(source.heartbeat_request().held) == {"1.1", "3.1"}
+            assert [(await begin(source)).key for _ in range(2)] == ["1.1", "3.1"]
+            await asyncio.sleep(0.02)
+            assert not link.released  # their leases ended already
+
+    run(scenario())
+
+
+def test_what_is_called_back_is_given_back_uncharged_unless_it_is_started() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(3))
+        link.open.add(9)
+        async with started(link, batch_size=3) as source:
+            await begin(source)
+            await until(lambda: len(source.heartbeat_request().held) == 3, "the items")
+
+            source.take_verdict(verdict(back=["0.1", "1.1", "not mine"]))
+            await until(lambda: link.released, "the release")
+
+            assert link.released == [ReleaseItem(1, "1.1", False, "called_back", "keep")]
+            assert set(source.heartbeat_request().held) == {"0.1", "2.1"}
+            assert (await begin(source)).key == "2.1"
+
+    run(scenario())
+
+
+def test_what_is_lost_goes_on_and_its_result_is_sent() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(2))
+        link.open.add(9)
+        async with started(link) as source:
+            first = await begin(source)
+            first.cancel = lambda: pytest.fail("it goes on")
+            source.take_verdict(verdict(lost=["0.1", "1.1"]))
+
+            assert (await begin(source)).key == "1.1"
+            await finish(source, first)
+            await until(lambda: link.submitted, "the result")
+
+    run(scenario())
+
+
+def test_a_verdict_on_running_items_frees_their_slots_for_others() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(12))
+        source = source_of(link)
+        backend = StubBackend(gated=True)
+        working = asyncio.ensure_future(Manager(source, backend, workers=2).run())
+        await until(lambda: len(backend.waiting) == 2, "two in flight")
+        link.open -= {0, 1}
+        source.take_verdict(verdict(done=["0.1", "1.1"]))
+        await until(lambda: {"i2", "i3"} <= set(backend.waiting), "the next two in flight")
+        backend.open()
+        await asyncio.wait_for(working, 5)
+
+        assert sorted(item.work_id for item in link.submitted) == list(range(2, 12))
+
+    run(scenario())
+
+
+# --- giving back --------------------------------------------------------------------------------
+
+
+def test_giving_back_releases_all_that_is_held_uncharged_with_its_steps() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(6))
+        async with started(link, batch_size=6) as source:
+            running = [await begin(source) for _ in range(2)]
+            await until(lambda: len(source.heartbeat_request().held) == 6, "the items")
+
+            await source.give_back(running, "crash")
+
+            told = released(link)
+            assert sorted(told) == list(range(6))
+            assert {(item.charge, item.steps) for item in told.values()} == {(False, "keep")}
+            assert {told[n].reason for n in (0, 1)} == {"crash"}
+            assert {told[n].reason for n in range(2, 6)} == {"the worker was stopped"}
+            assert link.closed
+
+    run(scenario())
+
+
+def test_giving_back_reports_first_what_is_finished() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(3))
+        async with started(link, batch_size=3) as source:
+            items = [await begin(source) for _ in range(3)]
+            await finish(source, items[0])
+            await source.give_back(items[1:], "stopped")
+
+            assert [item.work_id for item in link.submitted] == [0]
+            assert sorted(released(link)) == [1, 2]
+
+    run(scenario())
+
+
+def test_giving_back_asks_for_no_more_work() -> None:
+    """What it were given then would be nobody's until its lease ends."""
+
+    async def scenario() -> None:
+        link = StubLink(*lines(30))
+        free_slots = 0
+        async with started(link, lambda: free_slots, batch_size=4) as source:
+            await until(lambda: len(source.heartbeat_request().held) == 4, "the items")
+            await turns()
+            await finish(source, await begin(source))
+            free_slots = 8  # nothing runs any more
+
+            await source.give_back([], "the worker was stopped")
+
+            assert link.wants == [0]
+            settled = [item.work_id for item in link.submitted] + list(released(link))
+            assert sorted(settled) == [0, 1, 2, 3]
+            assert len(link.work) == 26
+
+    run(scenario())
+
+
+def test_giving_back_keeps_the_charges_that_were_due_before() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(2))
+        async with started(link) as source:
+            items = [await begin(source) for _ in range(2)]
+            await finish(source, items[0], WantsRetry("again"))
+            await source.give_back([items[1]], "stopped")
+
+            told = released(link)
+            assert told[0].charge
+            assert not told[1].charge
+
+    run(scenario())
+
+
+def test_giving_back_to_a_server_that_is_away_takes_no_time() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(4))
+        async with started(link) as source:
+            await begin(source)
+            link.up = False
+            await asyncio.wait_for(source.give_back([], "stopped"), 1)
+            assert link.closed
+
+    run(scenario())
+
+
+def test_giving_back_to_a_server_that_does_not_answer_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(leased, "_GIVE_BACK_S", 0.05)
+
+    async def scenario() -> None:
+        link = StubLink(*lines(4))
+
+        async def never(*_: Any, **__: Any) -> Any:
+            await asyncio.Event().wait()
+
+        async with started(link) as source:
+            await begin(source)
+            link.release_work = never  # type: ignore[method-assign]
+            await asyncio.wait_for(source.give_back([], "stopped"), 1)
+            assert link.closed
+
+    run(scenario())
+
+
+def test_a_stopped_manager_leaves_no_line_unsettled() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(300))
+        source = source_of(link, batch_size=16)
+        working = asyncio.ensure_future(
+            Manager(source, StubBackend(delay_s=0.001), workers=8).run()
+        )
+        await until(lambda: len(link.submitted) > 40, "some results")
+        working.cancel()
+        await asyncio.wait([working])
+
+        assert working.cancelled()
+        granted = set(range(300)) - {item.work_id for item in link.work}
+        settled = [item.work_id for item in link.submitted] + list(released(link))
+        assert sorted(settled) == sorted(granted)
+        assert not any(item.charge for item in link.released)
+
+    run(scenario())
+
+
+def test_an_engine_that_died_is_a_crash_of_what_was_running_on_it() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(8))
+        source = source_of(link)
+        backend = StubBackend(gated=True)
+        working = asyncio.ensure_future(Manager(source, backend, workers=2).run())
+        await until(lambda: len(backend.waiting) == 2, "two in flight")
+        for text in backend.waiting:
+            backend.fail(text, BackendError("the engine died"))
+        await asyncio.wait([working], timeout=2)
+
+        assert isinstance(working.exception(), BackendError)
+        told = released(link)
+        assert {n: told[n].reason for n in (0, 1)} == {0: "crash", 1: "crash"}
+        assert "crash" not in {told[n].reason for n in told if n > 1}
+        assert not any(item.charge for item in told.values())
+
+    run(scenario())

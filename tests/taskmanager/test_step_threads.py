@@ -1,0 +1,240 @@
+"""Task code on threads: the event loop goes on, and so do the other steps."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+
+import pytest
+
+from dispatcher.taskmanager import step_threads
+from dispatcher.taskmanager.step_threads import StepThreads
+from tests.taskmanager.doubles import run, until
+
+STUCK_S = 5.0
+"""A step waits this long for its release, and the test has failed long before."""
+
+
+def test_a_step_runs_on_another_thread_and_its_value_comes_back() -> None:
+    async def scenario() -> None:
+        threads = StepThreads()
+        assert await threads.run(threading.get_ident) != threading.get_ident()
+        assert await threads.run(lambda: {"any": "value"}) == {"any": "value"}
+        threads.close()
+
+    run(scenario())
+
+
+def test_under_load_steps_run_and_come_back_in_the_order_given() -> None:
+    async def scenario() -> None:
+        threads = StepThreads()
+        ran: list[int] = []
+        came_back: list[int] = []
+
+        def step(number: int) -> int:
+            ran.append(number)
+            return number
+
+        futures = []
+        for number in range(3000):
+            future = threads.run(lambda number=number: step(number))  # type: ignore[misc]
+            future.add_done_callback(lambda done: came_back.append(done.result()))
+            futures.append(future)
+            if number % 500 == 0:
+                await asyncio.sleep(0)  # results come in while steps are given
+        values = await asyncio.gather(*futures)
+
+        assert values == list(range(3000))
+        assert ran == came_back == values
+        threads.close()
+
+    run(scenario())
+
+
+def test_a_blocking_step_holds_neither_the_event_loop_nor_the_steps_behind_it() -> None:
+    async def scenario() -> None:
+        threads = StepThreads()
+        release = threading.Event()
+        blocked = threads.run(lambda: release.wait(STUCK_S))
+        behind = [threads.run(lambda n=n: n) for n in range(20)]  # type: ignore[misc]
+
+        ticks = 0
+        while not all(future.done() for future in behind):
+            ticks += 1
+            await asyncio.sleep(0.005)
+
+        assert ticks > 1  # the loop ran meanwhile
+        assert not blocked.done()
+        assert await asyncio.gather(*behind) == list(range(20))
+        release.set()
+        assert await blocked is True
+        threads.close()
+
+    run(scenario(), STUCK_S - 1)
+
+
+def test_several_blocking_steps_each_leave_a_thread_for_those_behind() -> None:
+    async def scenario() -> None:
+        threads = StepThreads()
+        release = threading.Event()
+        blocked = [threads.run(lambda: release.wait(STUCK_S)) for _ in range(4)]
+
+        assert await threads.run(lambda: "went on") == "went on"
+
+        assert not any(future.done() for future in blocked)
+        release.set()
+        assert await asyncio.gather(*blocked) == [True] * 4
+        threads.close()
+
+    run(scenario(), STUCK_S - 1)
+
+
+def test_there_are_never_more_threads_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_threads, "MAX_THREADS", 2)
+
+    async def scenario() -> None:
+        threads = StepThreads()
+        release = threading.Event()
+        idents: set[int] = set()
+
+        def block() -> None:
+            idents.add(threading.get_ident())
+            release.wait(STUCK_S)
+
+        blocked = [threads.run(block) for _ in range(5)]
+        await until(lambda: len(idents) == 2, "a second thread takes a step")
+        await asyncio.sleep(4 * step_threads.SLOW_STEP_S)  # time for more threads, were there any
+
+        assert len(idents) == 2
+        release.set()
+        await asyncio.gather(*blocked)
+        assert len(idents) == 2
+        threads.close()
+
+    run(scenario(), STUCK_S - 1)
+
+
+def test_a_thread_that_is_no_longer_needed_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_threads, "_IDLE_S", 0.05)
+
+    async def scenario() -> None:
+        threads = StepThreads()
+        release = threading.Event()
+        seen: set[threading.Thread] = set()
+
+        def block() -> None:
+            seen.add(threading.current_thread())
+            release.wait(STUCK_S)
+
+        blocked = [threads.run(block) for _ in range(3)]
+        await until(lambda: len(seen) == 3, "three threads")
+        release.set()
+        await asyncio.gather(*blocked)
+
+        await until(lambda: sum(t.is_alive() for t in seen) == 1, "two threads end")
+        assert await threads.run(lambda: "still served") == "still served"
+        threads.close()
+        await until(lambda: not any(t.is_alive() for t in seen), "the last thread ends")
+
+    run(scenario(), STUCK_S - 1)
+
+
+@pytest.mark.parametrize("error", [KeyError("k"), SystemExit(3), KeyboardInterrupt()])
+def test_an_exception_travels_to_whoever_waits_and_the_thread_lives_on(
+    error: BaseException,
+) -> None:
+    async def scenario() -> None:
+        threads = StepThreads()
+
+        def fail() -> None:
+            raise error
+
+        failing, following = threads.run(fail), threads.run(lambda: "fine")
+        with pytest.raises(type(error)) as caught:
+            await failing
+        assert caught.value is error
+        assert await following == "fine"
+        threads.close()
+
+    run(scenario())
+
+
+def test_a_step_that_was_given_up_disturbs_no_other() -> None:
+    async def scenario() -> None:
+        threads = StepThreads()
+        release = threading.Event()
+        given_up = threads.run(lambda: release.wait(STUCK_S))
+        following = threads.run(lambda: "fine")
+        given_up.cancel()
+        release.set()
+
+        assert await following == "fine"
+        threads.close()
+
+    run(scenario())
+
+
+def test_a_step_of_a_closed_loop_ends_quietly(monkeypatch: pytest.MonkeyPatch) -> None:
+    crashes: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", crashes.append)
+    release = threading.Event()
+    worker: list[threading.Thread] = []
+
+    def block() -> None:
+        worker.append(threading.current_thread())
+        release.wait(STUCK_S)
+
+    async def scenario() -> None:
+        StepThreads().run(block)
+        await until(lambda: worker, "the step begins")
+
+    run(scenario())  # closes the loop while the step still runs
+    release.set()
+    worker[0].join(2)
+
+    assert not worker[0].is_alive()
+    assert not crashes
+
+
+def test_steps_that_wait_when_it_is_closed_never_run() -> None:
+    async def scenario() -> None:
+        threads = StepThreads()
+        release = threading.Event()
+        ran: list[str] = []
+        worker: list[threading.Thread] = []
+
+        def block() -> None:
+            worker.append(threading.current_thread())
+            release.wait(STUCK_S)
+
+        blocked = threads.run(block)
+        threads.run(lambda: ran.append("a step behind it"))
+        await until(lambda: worker, "the step begins")
+        threads.close()
+        release.set()
+        await blocked
+        await until(lambda: not worker[0].is_alive(), "the thread ends")
+
+        assert not ran
+
+    run(scenario(), STUCK_S - 1)
+
+
+def test_slow_steps_are_counted_measured_and_warned_about(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(step_threads, "WARN_STEP_S", 0.06)
+
+    async def scenario() -> None:
+        threads = StepThreads()
+        with caplog.at_level(logging.WARNING):
+            await threads.run(lambda: time.sleep(0.1))
+
+        assert threads.slow_steps == 1
+        assert threads.longest_step_s >= 0.1
+        assert "a task computed or slept for 0." in caplog.text
+        threads.close()
+
+    run(scenario())

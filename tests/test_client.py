@@ -1,0 +1,517 @@
+"""Both clients against a server of scripted replies: what each reply, or none, becomes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from dispatcher.client import Address, AsyncWorkClient, WorkClient
+from dispatcher.errors import BadRequestError, UsageError
+from dispatcher.models import (
+    BatchResultResponse,
+    BatchWorkResponse,
+    HeartbeatRequest,
+    HeartbeatResponse,
+    Outcome,
+    ReleaseItem,
+    ReleaseWorkResponse,
+    WorkItem,
+    WorkStatus,
+)
+
+AWAY = WorkStatus.SERVER_UNAVAILABLE
+
+# --- addresses ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "address", "url"),
+    [
+        ("host:80", Address("host", 80, ""), "http://host:80"),
+        ("127.0.0.1:8000", Address("127.0.0.1", 8000, ""), "http://127.0.0.1:8000"),
+        ("http://node-7.lan:9", Address("node-7.lan", 9, ""), "http://node-7.lan:9"),
+        ("http://host:80/", Address("host", 80, ""), "http://host:80"),
+        ("http://host:80/a/b/", Address("host", 80, "/a/b"), "http://host:80/a/b"),
+        ("host:80/proxy", Address("host", 80, "/proxy"), "http://host:80/proxy"),
+        ("[::1]:8000", Address("::1", 8000, ""), "http://[::1]:8000"),
+        ("http://[fe80::1]:8000/x", Address("fe80::1", 8000, "/x"), "http://[fe80::1]:8000/x"),
+    ],
+)
+def test_an_address_is_host_and_port_or_a_url(text: str, address: Address, url: str) -> None:
+    assert Address.parse(text) == address
+    assert address.url == url
+    assert Address.parse(url) == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "host",
+        ":80",
+        "host:",
+        "host:port",
+        "host:99999",
+        "https://host:80",
+        "http://host",
+        "[::1",
+    ],
+)
+def test_what_is_no_address_is_refused_with_an_example(text: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Address.parse(text)
+    assert str(caught.value) == f"{text!r} is not the address of a server; give HOST:PORT"
+
+
+@pytest.mark.parametrize("kind", [WorkClient, AsyncWorkClient])
+def test_a_client_refuses_a_wrong_address_when_it_is_made(kind: Any) -> None:
+    with pytest.raises(UsageError):
+        kind("nowhere")
+
+
+# --- a server of scripted replies ---------------------------------------------------------------
+
+
+class Script(ThreadingHTTPServer):
+    """Answers each call with the next of its replies, the last one again and again."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.replies: list[tuple[int, bytes]] = [(200, b"{}")]
+        self.calls: list[tuple[str, str, bytes]] = []
+        self.delay_s = 0.0
+        self.hangs_up = False
+        self.connections = 0
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.server_address[1]}"
+
+    @property
+    def sent(self) -> Any:
+        """The JSON value of the last call's body."""
+        return json.loads(self.calls[-1][2])
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+    server: Script
+
+    def setup(self) -> None:
+        super().setup()
+        self.server.connections += 1
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        server = self.server
+        server.calls.append((self.command, self.path, body))
+        status, reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
+        time.sleep(server.delay_s)
+        if status:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+        self.wfile.write(reply)
+        # Without a word of it, as a server that is restarted closes what it had open.
+        self.close_connection = server.hangs_up or not status
+
+    do_POST = do_GET
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def server() -> Iterator[Script]:
+    script = Script()
+    thread = threading.Thread(target=script.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield script
+    script.shutdown()
+    script.server_close()
+    thread.join(5)
+
+
+Calls = Callable[[Any], Sequence[Any]]
+
+
+def by_blocking(address: str, calls: Calls, **options: Any) -> list[Any]:
+    with WorkClient(address, "w 1", **options) as client:
+        return list(calls(client))
+
+
+def by_asyncio(address: str, calls: Calls, **options: Any) -> list[Any]:
+    async def scenario() -> list[Any]:
+        client = AsyncWorkClient(address, "w 1", **options)
+        try:
+            return [await reply for reply in calls(client)]
+        finally:
+            await client.close()
+
+    return asyncio.run(asyncio.wait_for(scenario(), 10))
+
+
+both = pytest.mark.parametrize("send", [by_blocking, by_asyncio])
+Send = Callable[..., list[Any]]
+
+EVERY_CALL: list[Callable[[Any], Any]] = [
+    lambda client: client.get_work(2),
+    lambda client: client.submit_results([WorkItem(0, "c", "{}")]),
+    lambda client: client.release_work([1]),
+    lambda client: client.heartbeat(HeartbeatRequest("w")),
+]
+
+
+def every(client: Any) -> list[Any]:
+    return [call(client) for call in EVERY_CALL]
+
+
+def nothing_listens() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+# --- what is sent -------------------------------------------------------------------------------
+
+
+@both
+def test_a_call_for_work_says_who_asks_for_how_much_and_how_long(
+    send: Send, server: Script
+) -> None:
+    server.replies = [
+        (200, b'{"status": "OK", "items": [{"work_id": 3, "content": "x", "later": 1}]}')
+    ]
+
+    [reply] = send(f"http://{server.address}/prefix", lambda c: [c.get_work(5, 2.5)])
+
+    assert server.calls == [("GET", "/prefix/work?batch_size=5&worker=w%201&wait=2.5", b"")]
+    assert reply == BatchWorkResponse(WorkStatus.OK, None, [WorkItem(3, "x")])
+
+
+@both
+def test_results_carry_the_worker_and_the_want_for_more(send: Send, server: Script) -> None:
+    server.replies = [
+        (
+            200,
+            b'{"status": "OK", "count": 1, "outcomes": ["accepted", "wrong_run"],'
+            b' "work": {"status": "retry", "retry_in": 3}}',
+        )
+    ]
+    items = [WorkItem(0, "c", '{"ü": 1}', run="r", lease="0.1"), WorkItem(1, "d", "{}")]
+
+    [reply] = send(server.address, lambda c: [c.submit_results(items, want=7)])
+
+    assert server.calls[0][:2] == ("POST", "/results")
+    assert (server.sent["worker"], server.sent["want"]) == ("w 1", 7)
+    first = server.sent["items"][0]
+    assert (first["work_id"], first["result"], first["run"], first["lease"]) == (
+        *(0, '{"ü": 1}'),
+        *("r", "0.1"),
+    )
+    assert reply == BatchResultResponse(
+        WorkStatus.OK,
+        1,
+        [Outcome.ACCEPTED, Outcome.WRONG_RUN],
+        BatchWorkResponse(WorkStatus.RETRY, 3.0),
+    )
+
+
+@both
+def test_releases_go_by_id_or_one_by_one_with_lease_and_charge(send: Send, server: Script) -> None:
+    server.replies = [(200, b'{"status": "OK", "released_count": 2}')]
+    item = ReleaseItem(4, "4.2", False, "stopped")
+
+    [reply] = send(server.address, lambda c: [c.release_work([9], [item])])
+
+    assert server.calls[0][:2] == ("POST", "/release")
+    assert server.sent == {
+        "work_ids": [9],
+        "items": [{"work_id": 4, "lease": "4.2", "charge": False, "reason": "stopped"}],
+        "worker": "w 1",
+    }
+    assert reply == ReleaseWorkResponse(WorkStatus.OK, 2)
+
+
+@both
+def test_a_heartbeat_names_what_is_held_and_brings_the_verdict(send: Send, server: Script) -> None:
+    server.replies = [(200, b'{"status": "OK", "lease_term_s": 12, "done": ["0.1"]}')]
+    request = HeartbeatRequest("w", {"0.1": 3}, "down", 0.5)
+
+    [reply] = send(server.address, lambda c: [c.heartbeat(request)])
+
+    assert server.calls[0][:2] == ("POST", "/heartbeat")
+    assert server.sent == {"worker": "w", "held": {"0.1": 3}, "backend": "down", "lag_s": 0.5}
+    assert reply == HeartbeatResponse(WorkStatus.OK, 12.0, ["0.1"])
+
+
+@both
+def test_status_is_the_servers_object(send: Send, server: Script) -> None:
+    server.replies = [(200, b'{"done": 3, "any": [1]}')]
+    assert send(server.address, lambda c: [c.status()]) == [{"done": 3, "any": [1]}]
+    assert server.calls[0][:2] == ("GET", "/status")
+
+
+@both
+def test_a_result_with_half_a_surrogate_pair_is_sent_as_an_escape(
+    send: Send, server: Script
+) -> None:
+    server.replies = [(200, b'{"status": "OK"}')]
+    items = [WorkItem(0, "c", '{"x": "\ud83d"}', lease="0.1"), WorkItem(1, "d", '{"y": "ü"}')]
+
+    send(server.address, lambda c: [c.submit_results(items, want=2)])
+
+    assert server.calls[0][2].isascii()
+    assert [item["result"] for item in server.sent["items"]] == ['{"x": "\ud83d"}', '{"y": "ü"}']
+    assert server.sent["items"][0]["lease"] == "0.1"
+    assert (server.sent["want"], server.sent["worker"]) == (2, "w 1")
+
+
+@both
+def test_a_release_whose_reason_holds_half_a_surrogate_pair_is_sent(
+    send: Send, server: Script
+) -> None:
+    server.replies = [(200, b'{"status": "OK", "released_count": 1}')]
+    item = ReleaseItem(0, "0.1", True, "task_exception: ValueError: half a \ud83d")
+
+    [reply] = send(server.address, lambda c: [c.release_work(items=[item])])
+
+    assert reply.released_count == 1
+    assert server.sent["items"][0]["reason"].startswith("task_exception: ValueError: half a ")
+
+
+# --- replies that are none ----------------------------------------------------------------------
+
+
+@both
+def test_a_server_that_is_not_there_is_an_answer(send: Send) -> None:
+    replies = send(nothing_listens(), every)
+    assert [reply.status for reply in replies] == [AWAY] * 4
+    assert send(nothing_listens(), lambda c: [c.status()]) == [{}]
+
+
+@both
+@pytest.mark.parametrize("status", [500, 502, 503, 507])
+def test_a_server_that_cannot_answer_now_is_away(send: Send, status: int, server: Script) -> None:
+    server.replies = [(status, b'{"message": "the disk is full"}')]
+    assert [reply.status for reply in send(server.address, every)] == [AWAY] * 4
+
+
+@both
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b"<html>", b"[]", b'{"status": "no such"}', b'{"status": 3}', b"\xff", b"null"],
+)
+def test_a_reply_that_is_not_the_protocols_is_a_server_that_is_away(
+    send: Send, body: bytes, server: Script
+) -> None:
+    server.replies = [(200, body)]
+    assert [reply.status for reply in send(server.address, every)] == [AWAY] * 4
+
+
+@both
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"",
+        b"no HTTP at all\r\n\r\n",
+        b'HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"status": "OK"}',
+    ],
+    ids=["nothing", "noise", "cut off"],
+)
+def test_a_connection_that_ends_early_is_a_server_that_is_away(
+    send: Send, reply: bytes, server: Script
+) -> None:
+    server.replies = [(0, reply)]
+    assert [reply.status for reply in send(server.address, every)] == [AWAY] * 4
+
+
+@both
+def test_a_server_that_takes_too_long_is_away(send: Send, server: Script) -> None:
+    server.replies = [(200, b'{"status": "OK"}')]
+    server.delay_s = 0.5
+    start = time.monotonic()
+
+    [reply] = send(server.address, lambda c: [c.get_work()], timeout_s=0.1)
+
+    assert reply.status is AWAY
+    assert time.monotonic() - start < 0.45
+
+
+@both
+def test_a_call_that_waits_for_work_may_take_so_much_longer(send: Send, server: Script) -> None:
+    server.replies = [(200, b'{"status": "all_work_complete"}')]
+    server.delay_s = 0.3
+
+    [reply] = send(server.address, lambda c: [c.get_work(1, 5.0)], timeout_s=0.1)
+
+    assert reply.status is WorkStatus.ALL_WORK_COMPLETE
+
+
+@both
+def test_an_older_server_without_a_call_is_done_without(send: Send, server: Script) -> None:
+    server.replies = [(404, b"404: Not Found")]
+
+    work, results, releases, heartbeat = send(server.address, every)
+
+    assert work.status is WorkStatus.ALL_WORK_COMPLETE
+    assert results.status is releases.status is AWAY
+    assert heartbeat.status is WorkStatus.OK
+    assert (heartbeat.done, heartbeat.back) == ([], [])
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+@both
+@pytest.mark.parametrize("status", [400, 403, 413, 422])
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b'{"message": "batch_size must be 1 to 4096"}', "batch_size must be 1 to 4096"),
+        (b"plain text", "plain text"),
+        (b"", "no reason given"),
+        (b'["no object"]', '["no object"]'),
+    ],
+)
+def test_a_refusal_is_raised_with_the_servers_sentence(
+    send: Send, status: int, body: bytes, said: str, server: Script
+) -> None:
+    server.replies = [(status, body)]
+    with pytest.raises(BadRequestError) as caught:
+        send(server.address, lambda c: [c.submit_results([])])
+    assert str(caught.value) == f"the server refused POST /results: {said}"
+
+
+@both
+def test_after_a_refusal_the_client_goes_on(send: Send, server: Script) -> None:
+    server.replies = [(400, b"no"), (200, b'{"status": "OK"}')]
+
+    def calls(client: Any) -> list[Any]:
+        if isinstance(client, WorkClient):
+            with pytest.raises(BadRequestError):
+                client.get_work()
+            return [client.get_work()]
+        return [_refused(client), client.get_work()]
+
+    async def _refused(client: AsyncWorkClient) -> None:
+        with pytest.raises(BadRequestError):
+            await client.get_work()
+
+    assert send(server.address, calls)[-1].status is WorkStatus.OK
+
+
+# --- connections --------------------------------------------------------------------------------
+
+
+@both
+def test_a_connection_is_kept_for_the_next_call(send: Send, server: Script) -> None:
+    server.replies = [(200, b'{"status": "OK"}')]
+    send(server.address, lambda c: [*every(c), *every(c)])
+    assert len(server.calls) == 8
+    assert server.connections == 1
+
+
+@pytest.mark.parametrize("call", EVERY_CALL)
+def test_a_kept_connection_that_the_server_closed_is_replaced_by_a_fresh_one(
+    call: Callable[[Any], Any], server: Script
+) -> None:
+    server.replies = [(200, b'{"status": "OK"}')]
+    server.hangs_up = True  # after each reply, although it lets the client think otherwise
+    with WorkClient(server.address) as client:
+        for _ in range(3):
+            assert call(client).status is WorkStatus.OK
+            time.sleep(0.02)  # the end of the connection arrives
+
+    assert server.connections == 3
+    assert len(server.calls) == 3
+
+
+def test_a_kept_connection_to_a_server_that_is_gone_is_a_server_that_is_away() -> None:
+    script = Script()
+    script.replies = [(200, b'{"status": "OK"}')]
+    script.hangs_up = True
+    thread = threading.Thread(target=script.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    with WorkClient(script.address) as client:
+        assert client.get_work().status is WorkStatus.OK
+        script.shutdown()
+        script.server_close()
+        thread.join(5)
+        assert client.get_work().status is AWAY
+        assert client.get_work().status is AWAY
+
+
+@both
+def test_a_server_that_came_back_is_served_again(send: Send, server: Script) -> None:
+    # Three times, because the blocking client tries a kept connection's call once more.
+    server.replies = [(200, b'{"status": "OK"}'), *[(0, b"")] * 3, (200, b'{"status": "OK"}')]
+
+    replies = send(server.address, _five_heartbeats)
+
+    states = [reply.status for reply in replies]
+    assert states[0] is states[-1] is WorkStatus.OK
+    assert AWAY in states
+
+
+def _five_heartbeats(client: Any) -> list[Any]:
+    return [client.heartbeat(HeartbeatRequest("w")) for _ in range(5)]
+
+
+def test_threads_may_share_a_client(server: Script) -> None:
+    server.replies = [(200, b'{"status": "OK"}')]
+    ends: list[WorkStatus] = []
+    with WorkClient(server.address) as client:
+
+        def ask() -> None:
+            ends.extend(client.get_work().status for _ in range(25))
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+
+    assert ends == [WorkStatus.OK] * 200
+    assert server.connections == 1
+
+
+@both
+def test_proxy_variables_never_apply(
+    send: Send, server: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    server.replies = [(200, b'{"status": "OK"}')]
+    assert [reply.status for reply in send(server.address, every)] == [WorkStatus.OK] * 4
+
+
+@both
+def test_a_redirect_is_not_followed(send: Send, server: Script) -> None:
+    server.replies = [(302, b"")]
+    assert send(server.address, lambda c: [c.get_work()])[0].status is AWAY
+    assert len(server.calls) == 1
+
+
+def test_closing_twice_or_unused_is_harmless() -> None:
+    client = WorkClient("127.0.0.1:9")
+    client.close()
+    client.close()
+
+    async def scenario() -> None:
+        client = AsyncWorkClient("127.0.0.1:9")
+        await client.close()
+        await client.close()
+
+    asyncio.run(scenario())

@@ -1,0 +1,194 @@
+"""How a run goes, in figures and lines."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+
+from dispatcher.progress import BarDisplay, LineDisplay, Rates, clock, facts, make_display
+
+
+def status(done: int = 0, total: int = 100, **fields: Any) -> dict[str, Any]:
+    return {
+        "done": done,
+        "failed": 0,
+        "issued": 0,
+        "total": total,
+        "total_is_exact": True,
+        "next_work_id": 1,
+        "completion_tokens": 0,
+        "output_error": None,
+        **fields,
+    }
+
+
+def rates_of(*samples: tuple[float, int, int]) -> Rates:
+    rates = Rates()
+    for sample in samples:
+        rates.add(*sample)
+    return rates
+
+
+# --- rates --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("samples", [[], [(5.0, 100, 1000)]])
+def test_without_two_samples_there_is_no_rate(samples: list[tuple[float, int, int]]) -> None:
+    assert rates_of(*samples).per_second() == (0.0, 0.0)
+
+
+def test_a_rate_is_what_was_added_over_the_time_it_took() -> None:
+    rates = rates_of((100.0, 50, 1000), (102.0, 60, 1500), (104.0, 90, 1800))
+    assert rates.per_second() == (10.0, 200.0)
+
+
+def test_only_the_last_half_minute_counts() -> None:
+    rates = rates_of(*((float(second), 1000 if second else 0, 0) for second in range(60)))
+    assert rates.per_second() == (0.0, 0.0)  # the burst at the beginning is forgotten
+
+
+def test_after_a_long_pause_there_is_still_a_rate() -> None:
+    rates = rates_of((0.0, 0, 0), (1.0, 0, 0), (1000.0, 999, 0))
+    assert rates.per_second() == (1.0, 0.0)
+
+
+def test_two_samples_of_one_moment_divide_nothing_by_zero() -> None:
+    assert rates_of((1.0, 5, 5), (1.0, 5, 5)).per_second() == (0.0, 0.0)
+
+
+def test_tokens_that_left_with_their_worker_are_no_negative_rate() -> None:
+    assert rates_of((0.0, 0, 1000), (10.0, 10, 400)).per_second() == (1.0, 0)
+
+
+# --- facts --------------------------------------------------------------------------------------
+
+
+def test_a_run_at_its_beginning_says_little() -> None:
+    assert facts(status(), Rates()) == "0 done, 0 in flight, 0.0 items/s"
+
+
+def test_a_run_under_way_says_all_that_matters() -> None:
+    rates = rates_of((0.0, 0, 0), (10.0, 20, 5000))
+    now = status(20, 140, failed=3, issued=8)
+
+    assert facts(now, rates) == (
+        "20 done, 3 with errors, 8 in flight, 2.0 items/s, 500 tokens/s, 1:00 left"
+    )
+
+
+def test_a_run_at_its_end_has_no_time_left() -> None:
+    rates = rates_of((0.0, 0, 0), (10.0, 20, 0))
+    assert "left" not in facts(status(20, 20), rates)
+    assert "left" not in facts(status(20, 18), rates)  # a guess that was too low
+
+
+def test_a_paused_output_is_told() -> None:
+    text = facts(status(output_error="no space left"), Rates())
+    assert text.endswith("output paused: no space left")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0, "0:00"),
+        (9.4, "0:09"),
+        (59.6, "1:00"),
+        (61, "1:01"),
+        (3599, "59:59"),
+        (3600, "1:00:00"),
+        (3723.2, "1:02:03"),
+        (360_000, "100:00:00"),
+    ],
+)
+def test_a_duration_reads_like_a_clock(seconds: float, shown: str) -> None:
+    assert clock(seconds) == shown
+
+
+# --- displays -----------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_and_a_file_gets_lines() -> None:
+    bar = make_display(Terminal())
+    assert isinstance(bar, BarDisplay)
+    bar.close()
+    assert isinstance(make_display(io.StringIO()), LineDisplay)
+
+
+def test_a_line_comes_at_once_and_then_every_ten_seconds() -> None:
+    stream = io.StringIO()
+    display = LineDisplay(stream)
+    for tenth in range(0, 251, 5):
+        display.show(status(tenth), 1000 + tenth / 10)
+    display.close()
+
+    lines = stream.getvalue().splitlines()
+    assert [re.search(r": (\d+) done", line)[1] for line in lines] == ["0", "100", "200"]  # type: ignore[index]
+    assert lines[0] == "of 100 lines: 0 done, 0 in flight, 0.0 items/s"
+    assert "10.0 items/s" in lines[1]
+
+
+def test_while_nobody_has_asked_for_work_it_says_once_what_it_waits_for() -> None:
+    stream = io.StringIO()
+    display = LineDisplay(stream)
+    for second in range(60):
+        display.show(status(next_work_id=0), second)
+    display.show(status(1), 60.0)
+
+    waiting, working = stream.getvalue().splitlines()
+    assert waiting == "waiting for a task manager to be ready"
+    assert working.startswith("of 100 lines: 1 done")
+
+
+def test_a_total_that_is_a_guess_is_called_one() -> None:
+    stream = io.StringIO()
+    LineDisplay(stream).show(status(total_is_exact=False), 0.0)
+    assert stream.getvalue().startswith("of about 100 lines: ")
+
+
+def test_a_note_is_a_line_of_its_own() -> None:
+    stream = io.StringIO()
+    LineDisplay(stream).note("the server [7] ended")
+    assert stream.getvalue() == "the server [7] ended\n"
+
+
+def shown(**fields: Any) -> str:
+    """Return what a bar leaves on the terminal, without its colours."""
+    stream = Terminal()
+    display = BarDisplay(stream)
+    try:
+        display._progress.console.width = 200
+        display.show(status(25, **fields), 0.0)
+        display.note("a note with [brackets] in it")
+    finally:
+        display.close()
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+
+
+def test_a_bar_shows_how_far_it_is_with_the_facts() -> None:
+    text = shown()
+    assert "25%" in text
+    assert "25 done, 0 in flight" in text
+
+
+def test_a_note_goes_above_the_bar_as_it_is() -> None:
+    assert "a note with [brackets] in it" in shown()
+
+
+@pytest.mark.parametrize("error", ["cannot write /data/[run]/out", "cannot write [/data]"])
+def test_a_bar_shows_an_output_error_as_it_is(error: str) -> None:
+    assert error in shown(output_error=error)
+
+
+def test_a_bar_of_an_empty_input_is_no_division_by_zero() -> None:
+    stream = Terminal()
+    display = BarDisplay(stream)
+    display.show(status(0, 0), 0.0)
+    display.close()
