@@ -191,19 +191,24 @@ class LocalRun:
     async def _watch(self) -> None:
         """Show the run until it is complete or stopped; start again what dies."""
         assert self._client is not None
+        complete = False
         while True:
+            ended = complete and not self._running_workers()
             status = await self._client.status()
             if status:
                 self._status = status
                 self._display.show(status, time.monotonic())
+            if ended:
+                return  # and this status holds the totals that the workers left behind
             complete = self._status.get("state") == "complete"
-            if complete and all(w.process.exit_code is not None for w in self._workers):
-                return
             if not complete:
                 await self._mend()
             await asyncio.sleep(_POLL_S)
 
     # ---------------------------------------------------------------- inside
+
+    def _running_workers(self) -> list[Child]:
+        return [worker for worker in self._workers if worker.process.exit_code is None]
 
     async def _mend(self) -> None:
         """Start a process that died again, a few times; give up on one that never worked."""

@@ -31,7 +31,7 @@ class Rates:
             return 0.0, 0.0
         (start, done_0, tokens_0), (end, done_1, tokens_1) = self._samples[0], self._samples[-1]
         seconds = max(end - start, 1e-9)
-        # Tokens are the sum over living workers, so they drop when one leaves.
+        # A server that was started again has forgotten the tokens, though not the items.
         return (done_1 - done_0) / seconds, max(0, tokens_1 - tokens_0) / seconds
 
 

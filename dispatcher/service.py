@@ -107,6 +107,7 @@ class DispatchService:
         self.stopped = asyncio.Event()
         self.workers_told: set[str] = set()
         self.worker_stats: dict[str, WorkerStats] = {}
+        self._departed = WorkerStats()  # totals of workers that are gone
         self.queue = WorkQueue(settings.policy)
         self.invalid_results = 0
         self.duplicate_results = 0
@@ -275,7 +276,7 @@ class DispatchService:
     def status(self) -> dict[str, Any]:
         """Return what a person wants to know; the first six names are those of older servers."""
         queue, counters = self.queue, self.queue.counters
-        totals = list(self.worker_stats.values())
+        totals = [self._departed, *self.worker_stats.values()]
         state = (
             "complete" if self.finished.is_set() else "draining" if self._draining else "running"
         )
@@ -611,6 +612,7 @@ class DispatchService:
             if time.monotonic() < self._full_until:
                 continue
             self.queue.expire(now)
+            self._add_up_departed()
             await self._bury_condemned()
             self._queue_events()
             assert self._writer is not None
@@ -620,6 +622,14 @@ class DispatchService:
             ):
                 self._work_queued.set()
             self._notify()  # an idle worker may get a copy of an item that runs too long
+
+    def _add_up_departed(self) -> None:
+        """Keep the totals of workers the queue has forgotten, but not the workers."""
+        for name in self.worker_stats.keys() - self.queue.workers.keys():
+            stats = self.worker_stats.pop(name)
+            self._departed.requests += stats.requests
+            self._departed.prompt_tokens += stats.prompt_tokens
+            self._departed.completion_tokens += stats.completion_tokens
 
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a background loop; what ends it ends the run in this process."""

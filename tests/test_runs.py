@@ -157,6 +157,24 @@ def test_a_complete_run_says_so_and_leaves_the_output_alone(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_the_rehearsal_of_the_comparison_in_the_readme_gives_a_verdict_on_every_line(
+    tmp_path: Path,
+) -> None:
+    outfile, calls = tmp_path / "compared.jsonl", tmp_path / "calls.jsonl"
+    command = [sys.executable, "-m", "dispatcher.cli", "run", "--backend", "fake"]
+    command += ["--task", "examples/example_task.py:CompareTwoResponsesTask"]
+    command += ["--input", "examples/data/prompts.jsonl", "--output", str(outfile)]
+    rules = f"--rules examples/data/fake_judge.yaml --call-log {calls}"
+    with running(*command, f"--fakellm-args={rules}") as run:
+        assert run.wait(deadline_s=60) == 0, run.output
+        tokens = re.search(r"(\d+) tokens generated", run.output)
+    assert tokens is not None
+    assert int(tokens[1]) > 0
+    assert {line["verdict"] for line in read_lines(outfile)} == {"A", "B"}
+    assert len(asked_prompts(calls)) >= 300
+
+
+@pytest.mark.slow
 def test_bad_lines_become_errors_at_their_positions_and_the_others_are_done(
     tmp_path: Path,
 ) -> None:

@@ -157,5 +157,8 @@ def _answered(handler: Handler) -> Handler:
             return _json({"status": "error", "message": str(error)}, 507)
         except DispatcherError as error:
             return _json({"status": "error", "message": str(error)}, 503)
+        except web.HTTPException as error:  # the framework's own, such as a body too large
+            message = error.text or error.reason
+            return _json({"status": "error", "message": message}, error.status)
 
     return answer

@@ -34,7 +34,7 @@ class RunCollector(Collector):
         yield ended
         yield CounterMetricFamily(
             "dispatcher_tokens_completion",
-            "Tokens generated, as reported by workers alive.",
+            "Tokens generated since this server started, as reported by workers.",
             status["completion_tokens"],
         )
         gauges = {

@@ -184,6 +184,7 @@ class LeasedSource(WorkSource):
             raise self._failure
         if self._poll is not None:
             self._poll.cancel()
+        await self._link.heartbeat(self.heartbeat_request())  # the final totals
         await self._link.close()
 
     # ---------------------------------------------------------------- heartbeats
