@@ -101,13 +101,18 @@ def _check(args: argparse.Namespace) -> None:
 
 @dataclass(slots=True)
 class Child:
-    """One process of the run, and how often it was started again."""
+    """One process of the run.
+
+    `restarts` counts how often it was started again without the run getting on; `run_had` is how
+    far the run was the last time.
+    """
 
     name: str
     argv: list[str]
     log_path: Path
     process: ServerProcess = field(init=False)
     restarts: int = 0
+    run_had: int = 0
 
     def __post_init__(self) -> None:
         self.process = ServerProcess(self.name, self.argv, self.log_path, {})
@@ -220,15 +225,24 @@ class LocalRun:
                 self._status["state"] = "complete"
                 continue
             never_worked = not self._status.get("next_work_id")
-            if child.restarts >= _RESTARTS or code == ExitCode.USAGE or never_worked:
+            in_vain = child.restarts >= _RESTARTS and child.run_had == self._got_on()
+            if in_vain or code == ExitCode.USAGE or never_worked:
                 raise DispatcherError(
                     f"{child.name} ended with exit code {code}: {child.last_words()} "
                     f"(its log is {child.log_path}; the same command goes on)"
                 )
-            child.restarts += 1
+            self._count_restart(child)
             self._display.note(f"{child.name} ended with exit code {code}; starting it again")
             await asyncio.sleep(_RESTART_DELAY_S)
             await child.start()
+
+    def _got_on(self) -> int:
+        """Return a figure that grows whenever an item comes nearer to its end."""
+        return sum(self._status.get(name, 0) for name in ("done", "charged", "crashed"))
+
+    def _count_restart(self, child: Child) -> None:
+        child.restarts = child.restarts + 1 if child.run_had == self._got_on() else 1
+        child.run_had = self._got_on()
 
     async def _end_processes(self) -> None:
         """End the workers, which give back what they hold, then the server, which takes it."""

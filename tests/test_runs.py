@@ -288,6 +288,27 @@ def test_a_task_manager_that_dies_in_a_run_is_started_again(tmp_path: Path) -> N
     assert [line["id"] for line in read_lines(outfile)] == list(range(200))
 
 
+@pytest.mark.slow
+def test_a_line_that_kills_every_model_server_ends_as_a_tombstone_and_costs_no_other_line(
+    tmp_path: Path,
+) -> None:
+    infile, outfile, rules = (tmp_path / n for n in ("in.jsonl", "out.jsonl", "rules.yaml"))
+    write_prompts(infile, 60)
+    rules.write_text('- {match: "question 7$", exit: 1}\n')
+    command = [sys.executable, "-m", "dispatcher.cli", "run", "--task", CHAT, "--backend", "fake"]
+    command += ["--input", str(infile), "--output", str(outfile), "--workers", "8"]
+    command += ["--max-retries", "1", f"--fakellm-args=--latency-s 0.3 --rules {rules}"]
+    with running(*command) as run:
+        assert run.wait(deadline_s=120) == 4, run.output
+    lines = read_lines(outfile)
+    assert [line.get("id") for line in lines] == [n if n != 7 else None for n in range(60)]
+    tombstone = lines[7]["__ERROR__"]
+    assert tombstone["error"] == "max_retries_exceeded"
+    assert [attempt["kind"] for attempt in tombstone["attempts"]] == ["crashed"] * 4
+    # Two crashes in company, then alone, where each is charged; nobody else pays.
+    assert "2 charged reissues" in run.output
+
+
 @pytest.mark.model
 def test_the_quick_start_answers_a_hundred_prompts(tmp_path: Path) -> None:
     outfile = tmp_path / "out.jsonl"

@@ -120,7 +120,11 @@ class ItemState(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Counters(msgspec.Struct):
-    """Totals since the run began."""
+    """Totals since the run began.
+
+    `done` lines have their result, `failed` of them an `__ERROR__` line. `charged` counts the
+    attempts that cost one of an item's reissues, the others leases that ended so.
+    """
 
     done: int = 0
     failed: int = 0

@@ -491,13 +491,13 @@ class WorkQueue:
         self._drop_lease(lease)
         item = self.items[event.work_id]
         item.leases.remove(lease)
-        setattr(self.counters, event.kind, getattr(self.counters, event.kind) + 1)
-        if event.reason == WORK_TIMEOUT:
-            self.counters.expired += 1
-        if event.kind == "released":
-            item.releases += 1
-        if event.kind == "crashed":
-            item.crashes += 1
+        counters = self.counters
+        counters.returned += event.kind == "returned"
+        counters.released += event.kind == "released"
+        counters.crashed += event.kind == "crashed"
+        counters.expired += event.reason == WORK_TIMEOUT
+        item.releases += event.kind == "released"
+        item.crashes += event.kind == "crashed"
         if event.kind in ("charged", "crashed"):
             ended = Ended(item.attempt, lease.worker, event.kind, event.reason)
             item.history = [*item.history, ended][-self.policy.history_limit :]
@@ -508,6 +508,7 @@ class WorkQueue:
         if item.owes_charge:
             item.owes_charge = False
             item.attempt += 1
+            counters.charged += 1
             if 0 <= self.policy.max_retries <= item.retries:
                 self._condemn(item)
                 return
@@ -519,12 +520,16 @@ class WorkQueue:
         if item is None:
             return
         item.crashes = max(0, item.crashes - 1)
-        if charged and item.condemned:
+        if not charged:
+            return
+        if item.owes_charge:
+            item.owes_charge = False  # a copy still runs, so the charge was only noted
+            return
+        self.counters.charged -= 1
+        if item.condemned:
             item.condemned = False
             self._make_ready(item)
-        elif charged and item.owes_charge:
-            item.owes_charge = False  # a copy still runs, so the charge was only noted
-        elif charged:
+        else:
             item.retries = max(0, item.retries - 1)
 
     def _condemn(self, item: Item) -> None:
