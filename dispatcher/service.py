@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
 import json
-import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from typing import Any, TypeVar
 
 import msgspec
 
-from dispatcher import __version__
 from dispatcher.config import RunSettings
-from dispatcher.core.events import Counters, Event, Finished, QueueState, Tombstoned
+from dispatcher.core.events import Event, Finished, Tombstoned
 from dispatcher.core.work_queue import (
     MAX_RETRIES_EXCEEDED,
     Grant,
@@ -43,15 +39,10 @@ from dispatcher.models import (
     WorkStatus,
 )
 from dispatcher.storage.files import Files
-from dispatcher.storage.journal import RunHeader, encode_record
-from dispatcher.storage.run_state import (
-    JOURNAL_DIR,
-    RunLock,
-    load_run_file,
-    make_state_dir,
-    save_run_file,
-)
-from dispatcher.storage.source import InputLine, LineSource, open_source
+from dispatcher.storage.journal import encode_record
+from dispatcher.storage.opening import OpenRun, open_run, utc_now
+from dispatcher.storage.run_state import RunLock, make_state_dir, save_run_file
+from dispatcher.storage.source import InputLine, LineSource
 from dispatcher.storage.writer import Batch, RunWriter
 
 T = TypeVar("T")
@@ -142,12 +133,16 @@ class DispatchService:
         Raises UsageError, StateError or StorageError with what to do about it.
         """
         try:
-            await self._in_writer(self._open)
+            run = await self._in_writer(self._open)
         except BaseException:
             await self.close()
             raise
-        if self.finished.is_set():
+        self.run_id, self.epoch, self.queue = run.run_id, run.epoch, run.queue
+        self._source, self._writer, self._run_file = run.source, run.writer, run.run_file
+        if run.is_complete:
+            self.finished.set()
             return
+        self._note_input_end()
         self._tasks = [
             asyncio.create_task(self._guard(self._commit_forever())),
             asyncio.create_task(self._guard(self._tick_forever())),
@@ -180,6 +175,11 @@ class DispatchService:
             self._source.close()
         self._lock.release()
         self.stopped.set()
+
+    def _open(self) -> OpenRun:
+        make_state_dir(self.settings.state_dir)
+        self._lock.acquire()
+        return open_run(self.settings, self._files, self._clock.now())
 
     # ---------------------------------------------------------------- verbs
 
@@ -591,7 +591,7 @@ class DispatchService:
         counters = self.queue.counters
         self._run_file |= {
             "state": "complete",
-            "ended_at": _utc_now(),
+            "ended_at": utc_now(),
             "output_bytes": size,
             "summary": msgspec.to_builtins(counters),
         }
@@ -650,94 +650,6 @@ class DispatchService:
         self.stopped.set()
         self._notify()
 
-    # ---------------------------------------------------------------- opening
-
-    def _open(self) -> None:
-        """Find out what is on disk: nothing, a run to go on with, or a complete one."""
-        settings = self.settings
-        make_state_dir(settings.state_dir)
-        self._lock.acquire()
-        self._source = open_source(settings.infile, settings.state_dir, settings.max_line_bytes)
-        fingerprint = self._source.fingerprint()
-        self._run_file = load_run_file(settings.state_dir) or {}
-        self._writer = RunWriter(settings.state_dir / JOURNAL_DIR, settings.outfile, self._files)
-        if self._run_file.get("state") == "complete":
-            self._check_fingerprint(self._run_file.get("fingerprint", {}), fingerprint)
-            self._open_complete()
-            return
-        recovered = self._writer.read_journal(settings.policy, self._clock.now())
-        if recovered is not None:
-            self._check_fingerprint(recovered.header.fingerprint, fingerprint)
-            self.queue = recovered.queue
-            self.run_id, self.epoch = recovered.header.run_id, recovered.header.epoch + 1
-        else:
-            self._check_no_output()
-            self.run_id, self.epoch = secrets.token_hex(8), 1
-        self._note_input_end()
-        header = RunHeader(self.run_id, self.epoch, fingerprint, self._describe_settings())
-        self._writer.begin(header, self.queue.checkpoint())
-        self.queue.note_written(self._writer.output.written)
-        self._run_file = {
-            "run": self.run_id,
-            "state": "running",
-            "version": __version__,
-            "started_at": self._run_file.get("started_at", _utc_now()),
-            "fingerprint": fingerprint,
-            "settings": self._describe_settings(),
-        }
-        save_run_file(settings.state_dir, self._run_file, self._files)
-
-    def _open_complete(self) -> None:
-        """The run is complete: there is nothing to hand out, and nothing is touched."""
-        settings = self.settings
-        size = settings.outfile.stat().st_size if settings.outfile.exists() else None
-        if size != self._run_file.get("output_bytes"):
-            raise StateError(
-                f"{settings.state_dir} says that its run is complete, but {settings.outfile} is "
-                "not the output it wrote; restore the output, or remove the state directory to "
-                "start anew"
-            )
-        self.run_id = str(self._run_file.get("run", ""))
-        counters = msgspec.convert(self._run_file.get("summary", {}), Counters)
-        total = counters.done
-        self.queue.restore(QueueState(total, total, 0, 1, counters, [], []), self._clock.now())
-        self.queue.end_of_input()
-        self.finished.set()
-
-    def _check_fingerprint(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        if before == now:
-            return
-        changed = "its content"
-        if before.get("size") != now["size"]:
-            changed = f"its size ({before.get('size')} bytes then, {now['size']} now)"
-        raise StateError(
-            f"the input {self.settings.infile} is not the one this run began with: {changed} "
-            "changed; restore it, or start a new run with another --outfile"
-        )
-
-    def _check_no_output(self) -> None:
-        outfile, state_dir = self.settings.outfile, self.settings.state_dir
-        try:
-            occupied = outfile.exists() and (not outfile.is_file() or outfile.stat().st_size > 0)
-        except OSError as error:
-            raise StateError(f"cannot look at the output {outfile}: {error.strerror}") from error
-        if occupied:
-            raise StateError(
-                f"the output {outfile} exists, but {state_dir} holds no run that wrote it; name "
-                "the state directory of its run with --state, or another output"
-            )
-
-    def _describe_settings(self) -> dict[str, Any]:
-        settings = self.settings
-        return {
-            "input": str(settings.infile),
-            "output": str(settings.outfile),
-            "state": str(settings.state_dir),
-            "retry_s": settings.retry_s,
-            "max_line_bytes": settings.max_line_bytes,
-            **asdict(settings.policy),
-        }
-
     # ---------------------------------------------------------------- threads
 
     async def _in_writer(self, call: Callable[..., T], *args: Any) -> T:
@@ -774,7 +686,3 @@ def _fail(future: asyncio.Future[None], error: DispatcherError) -> None:
 
 def _dump(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")
-
-
-def _utc_now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

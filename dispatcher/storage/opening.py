@@ -1,0 +1,136 @@
+"""What a start finds on disk: nothing, a run to go on with, or a complete one."""
+
+from __future__ import annotations
+
+import datetime
+import secrets
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+
+from dispatcher import __version__
+from dispatcher.config import RunSettings
+from dispatcher.core.events import Counters, QueueState
+from dispatcher.core.work_queue import WorkQueue
+from dispatcher.errors import StateError
+from dispatcher.storage.files import Files
+from dispatcher.storage.journal import RunHeader
+from dispatcher.storage.run_state import JOURNAL_DIR, load_run_file, save_run_file
+from dispatcher.storage.source import LineSource, open_source
+from dispatcher.storage.writer import RunWriter
+
+
+@dataclass(slots=True)
+class OpenRun:
+    """A run that is ready to go on. `run_file` is what run.yaml holds."""
+
+    run_id: str
+    epoch: int
+    queue: WorkQueue
+    source: LineSource
+    writer: RunWriter
+    run_file: dict[str, Any]
+    is_complete: bool = False
+
+
+def open_run(settings: RunSettings, files: Files, now: float) -> OpenRun:
+    """Open the run that the settings describe; its state directory is locked by the caller.
+
+    Raises UsageError, StateError or StorageError with what was found and what to do about it.
+    """
+    source = open_source(settings.infile, settings.state_dir, settings.max_line_bytes)
+    fingerprint = source.fingerprint()
+    run_file = load_run_file(settings.state_dir) or {}
+    writer = RunWriter(settings.state_dir / JOURNAL_DIR, settings.outfile, files)
+    if run_file.get("state") == "complete":
+        _check_input(settings, run_file.get("fingerprint", {}), fingerprint)
+        return _open_complete(settings, source, writer, run_file, now)
+    recovered = writer.read_journal(settings.policy, now)
+    if recovered is not None:
+        _check_input(settings, recovered.header.fingerprint, fingerprint)
+        queue = recovered.queue
+        run_id, epoch = recovered.header.run_id, recovered.header.epoch + 1
+    else:
+        _check_no_output(settings)
+        queue = WorkQueue(settings.policy)
+        run_id, epoch = secrets.token_hex(8), 1
+    described = describe(settings)
+    writer.begin(RunHeader(run_id, epoch, fingerprint, described), queue.checkpoint())
+    queue.note_written(writer.output.written)
+    run_file = {
+        "run": run_id,
+        "state": "running",
+        "version": __version__,
+        "started_at": run_file.get("started_at", utc_now()),
+        "fingerprint": fingerprint,
+        "settings": described,
+    }
+    save_run_file(settings.state_dir, run_file, files)
+    return OpenRun(run_id, epoch, queue, source, writer, run_file)
+
+
+def describe(settings: RunSettings) -> dict[str, Any]:
+    """Return the settings as run.yaml and the journal keep them."""
+    return {
+        "input": str(settings.infile),
+        "output": str(settings.outfile),
+        "state": str(settings.state_dir),
+        "retry_s": settings.retry_s,
+        "max_line_bytes": settings.max_line_bytes,
+        **asdict(settings.policy),
+    }
+
+
+def utc_now() -> str:
+    """Return the time of day for run.yaml."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _open_complete(
+    settings: RunSettings,
+    source: LineSource,
+    writer: RunWriter,
+    run_file: dict[str, Any],
+    now: float,
+) -> OpenRun:
+    """There is nothing to hand out, and the output is not touched."""
+    size = settings.outfile.stat().st_size if settings.outfile.exists() else None
+    if size != run_file.get("output_bytes"):
+        raise StateError(
+            f"{settings.state_dir} says that its run is complete, but {settings.outfile} is not "
+            "the output it wrote; restore the output, or remove the state directory to start anew"
+        )
+    writer.remove_journal()  # a process that died after writing run.yaml left it behind
+    queue = WorkQueue(settings.policy)
+    counters = msgspec.convert(run_file.get("summary", {}), Counters)
+    total = counters.done
+    queue.restore(QueueState(total, total, 0, 1, counters, []), now)
+    queue.end_of_input()
+    run_id = str(run_file.get("run", ""))
+    return OpenRun(run_id, 0, queue, source, writer, run_file, is_complete=True)
+
+
+def _check_input(settings: RunSettings, before: dict[str, Any], now: dict[str, Any]) -> None:
+    if before == now:
+        return
+    changed = "its content"
+    if before.get("size") != now["size"]:
+        changed = f"its size ({before.get('size')} bytes then, {now['size']} now)"
+    raise StateError(
+        f"the input {settings.infile} is not the one this run began with: {changed} changed; "
+        "restore it, or start a new run with another --outfile"
+    )
+
+
+def _check_no_output(settings: RunSettings) -> None:
+    outfile = settings.outfile
+    try:
+        occupied = outfile.exists() and (not outfile.is_file() or outfile.stat().st_size > 0)
+    except OSError as error:
+        raise StateError(f"cannot look at the output {outfile}: {error.strerror}") from error
+    if occupied:
+        raise StateError(
+            f"the output {outfile} exists, but {settings.state_dir} holds no run that wrote it; "
+            "name the state directory of its run with --state, or another output"
+        )
