@@ -196,6 +196,26 @@ def test_a_complete_run_says_so_in_run_yaml_and_leaves_no_journal(settings: RunS
     assert list((settings.state_dir / "journal").iterdir()) == []
 
 
+def test_a_journal_left_by_a_process_that_died_while_completing_goes_at_the_next_start(
+    settings: RunSettings,
+) -> None:
+    give_input(settings, 3)
+    run(complete_run(settings))
+    (settings.state_dir / "journal" / "00000001-000001.journal").write_bytes(b"left behind")
+    before = settings.outfile.read_bytes()
+
+    run(complete_run(settings))
+
+    assert list((settings.state_dir / "journal").iterdir()) == []
+    assert settings.outfile.read_bytes() == before
+
+
+async def complete_run(settings: RunSettings) -> None:
+    async with serving(settings) as service:
+        await finish_everything(service)
+        assert service.finished.is_set()
+
+
 def test_a_worker_that_finds_nothing_ready_is_told_when_to_ask_again(
     settings: RunSettings,
 ) -> None:
