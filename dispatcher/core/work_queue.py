@@ -137,8 +137,10 @@ class WorkQueue:
         self.workers: dict[str, Worker] = {}
         self.leases: dict[int, Lease] = {}
         self.condemned: list[int] = []
+        # Heaps of work ids. An entry counts as long as its item is `queued`; there are `_queued`.
         self._ready: list[int] = []
         self._ready_solo: list[int] = []
+        self._queued = 0
         self._deadlines: list[tuple[float, int]] = []
         self._durations = Durations()
         self._overdue: tuple[float, list[Lease]] = (float("-inf"), [])
@@ -163,8 +165,8 @@ class WorkQueue:
 
     @property
     def ready_count(self) -> int:
-        """How many items wait to be handed out again (an upper bound)."""
-        return len(self._ready) + len(self._ready_solo)
+        """How many items could be handed out now without reading a new line."""
+        return self._queued
 
     @property
     def waiting_count(self) -> int:
@@ -464,7 +466,7 @@ class WorkQueue:
         item = self.items.get(event.work_id)
         if item is None:
             return
-        item.queued = False
+        self._unqueue(item)
         self.counters.issued += 1
         self.next_serial = max(self.next_serial, event.serial + 1)
         self._add_lease(item, event, now)
@@ -543,6 +545,7 @@ class WorkQueue:
     def _settle(self, work_id: int, flag: int) -> None:
         """The item has its line of output; whoever still works on it works in vain."""
         if item := self.items.pop(work_id, None):
+            self._unqueue(item)
             for lease in item.leases:
                 self._drop_lease(lease)
         self._flags[work_id - self._flags_base] = flag
@@ -578,7 +581,14 @@ class WorkQueue:
 
     # ---------------------------------------------------------------- inside: handing out
 
+    def _unqueue(self, item: Item) -> None:
+        self._queued -= item.queued
+        item.queued = False
+        if self._ready and self._ready[0] == item.work_id:
+            heapq.heappop(self._ready)  # a line just opened: keep its entry from lying about
+
     def _make_ready(self, item: Item) -> None:
+        self._queued += not item.queued
         item.queued = True
         solo = item.crashes >= self.policy.crashes_before_solo
         heapq.heappush(self._ready_solo if solo else self._ready, item.work_id)

@@ -1523,3 +1523,20 @@ def test_an_item_is_described_whole_in_a_checkpoint() -> None:
     """Whoever adds a durable field to Item must carry it through ItemState too."""
     volatile = {"queued"}
     assert set(Item.__struct_fields__) - volatile == set(ItemStateFields)
+
+
+def test_the_ready_count_is_exact_whatever_became_of_an_item() -> None:
+    queue = WorkQueue(QueuePolicy())
+    for offset in range(6):
+        queue.open_line(offset, offset + 1)
+    assert queue.ready_count == 6
+
+    queue.lease(5, "", now=0.0)  # leased by its id, as a line that was just read is
+    queue.lease_ready("", 2, now=0.0)
+    queue.finish(2, None, b"{}", failed=False, now=0.0)  # answered late, while it was ready
+    assert queue.ready_count == 2
+
+    queue.release(0, None, charge=True, reason="x", keep_steps=True, now=0.0)
+    assert queue.ready_count == 3
+    assert [grant.work_id for grant in queue.lease_ready("", 9, now=0.0)] == [0, 3, 4]
+    assert queue.ready_count == 0
