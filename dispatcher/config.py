@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -54,6 +54,10 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", HelpFormatter)
         options.setdefault("allow_abbrev", False)
         super().__init__(**options)
+
+    def error(self, message: str) -> NoReturn:
+        """End the command with one sentence; the usage is long, and --help shows it."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:

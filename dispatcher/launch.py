@@ -97,6 +97,9 @@ def _check(args: argparse.Namespace) -> None:
     parse_task_args(args.task_arg, args.task_args)
     if not args.input.exists():
         raise UsageError(f"cannot read the input {args.input}: there is no such file")
+    if args.input.is_char_device() or args.input.absolute().is_relative_to("/dev"):
+        # It is read by a server process whose standard input is not this command's.
+        raise UsageError(f"the input {args.input} is not a file; write it to one first")
 
 
 @dataclass(slots=True)

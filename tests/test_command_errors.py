@@ -166,6 +166,20 @@ def test_an_unknown_key_of_a_configuration_file_is_named(infile: Path, tmp_path:
     assert_one_sentence(stderr, "max_retrys", "config.yaml")
 
 
+def test_an_option_that_cannot_be_right_is_named_without_a_page_of_usage(
+    infile: Path, tmp_path: Path
+) -> None:
+    code, stderr = ended(*local_run(infile, tmp_path / "out.jsonl"), "--workers", "zero")
+    assert code == 2
+    assert_one_sentence(stderr, "--workers", "zero", "--help")
+
+
+def test_standard_input_is_refused_by_a_run_that_could_not_read_it(tmp_path: Path) -> None:
+    code, stderr = ended(*local_run(Path("/dev/stdin"), tmp_path / "out.jsonl"))
+    assert code == 2
+    assert_one_sentence(stderr, "/dev/stdin", "not a file")
+
+
 def test_help_of_every_command_names_its_options() -> None:
     for command, option in (("run", "--task-managers"), ("server", "--infile"), ("task-run", "-")):
         done = subprocess.run(
