@@ -551,7 +551,11 @@ class DispatchService:
         now = self._clock.now()
         due = now - self._checkpoint_at >= self.settings.checkpoint_every_s
         full = self._writer.output.unsynced_bytes >= self.settings.checkpoint_every_bytes
-        if full or (due and self._events_written > self._checkpointed_events):
+        if (
+            full
+            or self._writer.segment_is_full
+            or (due and self._events_written > self._checkpointed_events)
+        ):
             batch.state = self.queue.checkpoint()
             self._checkpoint_at = now
             self._checkpointed_events = self._events_written + 1

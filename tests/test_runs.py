@@ -258,6 +258,30 @@ def test_a_worker_that_is_told_to_stop_gives_everything_back_uncharged(tmp_path:
 
 
 @pytest.mark.slow
+def test_a_worker_that_starts_after_the_run_is_complete_ends_without_starting_a_model(
+    tmp_path: Path,
+) -> None:
+    infile, outfile = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    infile.write_text("\n")
+    calls = tmp_path / "calls.jsonl"
+    with dispatcher_server("--infile", infile, "--outfile", outfile) as server:
+        with WorkClient(server.address, worker="w") as client:
+            wait_until(lambda: client.get_work().status == "all_work_complete", "completion")
+        command = [sys.executable, "-m", "dispatcher.taskmanager.cli", "--backend", "fake"]
+        command += [
+            "--task",
+            CHAT,
+            "--dispatcher",
+            server.url,
+            f"--fakellm-args=--call-log {calls}",
+        ]
+        with running(*command) as worker:
+            assert worker.wait() == 0
+    assert "nothing to do" in worker.output
+    assert not calls.exists()
+
+
+@pytest.mark.slow
 def test_a_killed_worker_takes_its_model_server_along(tmp_path: Path) -> None:
     infile, outfile = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_prompts(infile, 50)

@@ -90,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DispatcherError as error:
         print(f"dispatcher-server: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # before the signal was taken over: nothing was begun
+        return ExitCode.STOPPED
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -66,6 +66,11 @@ class RunWriter:
         self._header: RunHeader | None = None
         self.output_error: str | None = None
 
+    @property
+    def segment_is_full(self) -> bool:
+        """True when the next checkpoint will begin a new segment."""
+        return self._journal.segment_bytes > SEGMENT_BYTES
+
     def read_journal(self, policy: QueuePolicy, now: float) -> Recovered | None:
         """Replay the journal into a queue, also after a failed write, to undo what it held.
 
@@ -106,7 +111,7 @@ class RunWriter:
             self._retention.note_checkpoint(
                 self._journal.current_segment, self._checkpoint(batch.state)
             )
-            if self._journal.segment_bytes > SEGMENT_BYTES:
+            if self.segment_is_full:
                 self._rotate(batch.state)
             self._drop_unneeded()
         self._append_output(batch.prefix, fresh.get)

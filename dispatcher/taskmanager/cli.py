@@ -199,6 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DispatcherError as error:
         print(f"dispatcher-task-run: {error}", file=sys.stderr)
         code = int(error.exit_code)
+    except KeyboardInterrupt:  # before the signal was taken over: nothing was begun
+        code = ExitCode.STOPPED
     sys.stdout.flush()
     sys.stderr.flush()
     if _task_code_still_runs():
@@ -281,7 +283,7 @@ async def _run_manager(args: argparse.Namespace, task_class: type[Task], backend
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     source: LeasedSource
     if args.dispatcher is not None:
-        source = DispatcherTaskSource(
+        source = from_server = DispatcherTaskSource(
             args.dispatcher,
             task_class,
             worker=worker,
@@ -290,8 +292,11 @@ async def _run_manager(args: argparse.Namespace, task_class: type[Task], backend
             backend_up=backend.healthy,
             stats=stats,
         )
+        if await from_server.is_over():
+            print("dispatcher-task-run: the run is complete, there is nothing to do")
+            return
     else:
-        source = FileTaskSource(
+        source = from_file = FileTaskSource(
             run_settings_of(args, args.input, args.output),
             task_class,
             worker=worker,
@@ -299,10 +304,10 @@ async def _run_manager(args: argparse.Namespace, task_class: type[Task], backend
             backend_up=backend.healthy,
             stats=stats,
         )
-        await source.open()
-        if source.service.finished.is_set():
+        await from_file.open()
+        if from_file.service.finished.is_set():
             print(f"dispatcher-task-run: the run is complete, {args.output} is whole")
-            await source.service.close()
+            await from_file.service.close()
             return
     try:
         await backend.start()
@@ -363,7 +368,8 @@ def _endpoint(args: argparse.Namespace) -> Endpoint:
         url = f"http://{host}:{args.port}/v1"
     if url is None:
         url = os.environ.get("OPENAI_BASE_URL", OPENAI_URL)
-    key = os.environ.get(args.api_key_env) or os.environ.get("VLLM_API_KEY")
+    # A key goes only where it belongs: a vLLM of one's own is not shown the hosted one's.
+    key = os.environ.get("VLLM_API_KEY" if args.no_launch else args.api_key_env)
     return Endpoint(url, args.model, key, args.request_timeout)
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 from urllib.parse import urlsplit
@@ -42,7 +42,7 @@ class Endpoint:
 
     base_url: str
     model: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     request_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:

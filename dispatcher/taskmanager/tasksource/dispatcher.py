@@ -95,8 +95,9 @@ class DispatcherTaskSource(LeasedSource):
         backend_up: Callable[[], bool],
         stats: Callable[[], WorkerStats],
     ) -> None:
+        self._client = AsyncWorkClient(address, worker)
         super().__init__(
-            AsyncWorkClient(address, worker),
+            self._client,
             task_class,
             worker=worker,
             batch_size=batch_size,
@@ -105,6 +106,14 @@ class DispatcherTaskSource(LeasedSource):
             stats=stats,
         )
         self._heartbeats = Heartbeats(address, self.heartbeat_request, self.take_verdict)
+
+    async def is_over(self) -> bool:
+        """Say whether the run is complete, before a model is loaded for nothing."""
+        status = await self._client.status()
+        if status.get("state") != "complete":
+            return False
+        await self._client.close()
+        return True
 
     async def start(self, wanted: Callable[[], int]) -> None:
         """Make this worker known to the server, then begin to fetch."""
