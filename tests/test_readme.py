@@ -1,4 +1,4 @@
-"""What README promises: one command each, a task that works as printed, links that lead somewhere."""
+"""What README promises: one command each, a task that works as printed, links that lead."""
 
 from __future__ import annotations
 
