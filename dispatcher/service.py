@@ -326,10 +326,10 @@ class DispatchService:
         queue, now = self.queue, self._clock.now()
         if self._draining:
             return []
-        grants = queue.lease_ready(worker, count, now)
+        grants = queue.lease_ready(worker, count, now, REPLY_BYTES)
         solo = any(grant.solo for grant in grants)
         texts: dict[int, str] = {}
-        size = 0
+        size = sum(grant.line_bytes for grant in grants)
         while len(grants) < count and not solo and queue.may_open() and size < REPLY_BYTES:
             if not self._lines:
                 await self._fill_lines()
@@ -344,7 +344,7 @@ class DispatchService:
                 continue
             grants.append(queue.lease(work_id, worker, now))
             texts[work_id] = line.text
-            size += len(line.text)
+            size += line.next_offset - line.offset
         if not grants:
             grants = queue.lease_backup(worker, count, now)
         self._queue_events()
@@ -558,7 +558,7 @@ class DispatchService:
         ):
             batch.state = self.queue.checkpoint()
             self._checkpoint_at = now
-            self._checkpointed_events = self._events_written + 1
+            self._checkpointed_events = self._events_written + len(batch.records) + 1
         return batch, done or asyncio.get_running_loop().create_future()
 
     async def _after_write(self) -> None:

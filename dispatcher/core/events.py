@@ -109,6 +109,7 @@ class ItemState(msgspec.Struct, frozen=True, array_like=True):
 
     work_id: int
     offset: int
+    line_bytes: int
     retries: int
     crashes: int
     releases: int

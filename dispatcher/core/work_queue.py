@@ -70,10 +70,11 @@ class QueuePolicy:
 
 
 class Item(msgspec.Struct, eq=False):
-    """An open line: read from the input, without a result. `offset` is where it stands there."""
+    """An open line: read from the input, where it stands at `offset`, and without a result."""
 
     work_id: int
     offset: int
+    line_bytes: int
     retries: int = 0
     crashes: int = 0
     releases: int = 0
@@ -91,6 +92,7 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
     work_id: int
     lease: str
     offset: int
+    line_bytes: int
     retries: int
     attempt: int
     solo: bool
@@ -193,8 +195,10 @@ class WorkQueue:
         self._record(Opened(work_id, offset, next_offset), now=0.0)
         return work_id
 
-    def lease_ready(self, worker: str, count: int, now: float) -> list[Grant]:
-        """Lease up to `count` ready items, lowest line first.
+    def lease_ready(
+        self, worker: str, count: int, now: float, max_bytes: int = 1 << 62
+    ) -> list[Grant]:
+        """Lease up to `count` ready items, lowest line first, until `max_bytes` are reached.
 
         An item that was running when engines died goes out alone, so that the worker can run
         nothing else beside it.
@@ -202,8 +206,9 @@ class WorkQueue:
         if item := self._pop_ready(self._ready_solo):
             return [self._lease(item, worker, now)]
         grants: list[Grant] = []
-        while len(grants) < count and (item := self._pop_ready(self._ready)):
+        while len(grants) < count and max_bytes > 0 and (item := self._pop_ready(self._ready)):
             grants.append(self._lease(item, worker, now))
+            max_bytes -= item.line_bytes
         return grants
 
     def lease_backup(self, worker: str, count: int, now: float) -> list[Grant]:
@@ -387,6 +392,7 @@ class WorkQueue:
             item = Item(
                 saved.work_id,
                 saved.offset,
+                saved.line_bytes,
                 saved.retries,
                 saved.crashes,
                 saved.releases,
@@ -435,7 +441,7 @@ class WorkQueue:
         self._record(LeaseEnded(lease.work_id, lease.serial, kind, reason, keep_steps), now)
 
     def _apply_opened(self, event: Opened, now: float) -> None:
-        item = Item(event.work_id, event.offset)
+        item = Item(event.work_id, event.offset, event.next_offset - event.offset)
         self.items[event.work_id] = item
         self.next_work_id, self.next_offset = event.work_id + 1, event.next_offset
         self._flags.append(_OPEN)
@@ -615,7 +621,9 @@ class WorkQueue:
             known.idle_want = 0
             known.vanished_at = None
         name = lease_id(item.work_id, serial)
-        return Grant(item.work_id, name, item.offset, item.retries, item.attempt, solo)
+        return Grant(
+            item.work_id, name, item.offset, item.line_bytes, item.retries, item.attempt, solo
+        )
 
     def _find_lease(self, work_id: int, serial: int | None) -> Lease | None:
         """Find a live lease; a client that names none means its oldest anonymous one."""
@@ -777,6 +785,7 @@ def _item_state(item: Item) -> ItemState:
     return ItemState(
         item.work_id,
         item.offset,
+        item.line_bytes,
         item.retries,
         item.crashes,
         item.releases,

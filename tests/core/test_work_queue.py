@@ -1442,20 +1442,9 @@ class Life:
 
 
 def durable(queue: WorkQueue) -> Any:
-    """Give the durable state, less what a heartbeat alone tells about a lease."""
-    state = msgspec.to_builtins(queue.checkpoint())
-    for item in state["items"]:
-        leases = 8
-        item[leases] = [(number, worker, solo) for number, worker, _, solo in item[leases]]
+    """Give the durable state, and what is ready or condemned by it."""
     ready = {item.work_id for item in queue.items.values() if item.queued}
-    return state, ready, queue.condemned_ids()
-
-
-def test_the_state_compared_below_leaves_out_nothing_but_the_heartbeats() -> None:
-    assert ItemStateFields.index("leases") == 8
-    queue = queue_of(1)
-    lease_one(queue, "a", now=0.0)
-    assert durable(queue)[0]["items"][0][8] == [(1, "a", False)]
+    return msgspec.to_builtins(queue.checkpoint()), ready, queue.condemned_ids()
 
 
 ItemStateFields = [
@@ -1540,3 +1529,11 @@ def test_the_ready_count_is_exact_whatever_became_of_an_item() -> None:
     assert queue.ready_count == 3
     assert [grant.work_id for grant in queue.lease_ready("", 9, now=0.0)] == [0, 3, 4]
     assert queue.ready_count == 0
+
+
+def test_ready_items_are_leased_until_their_lines_fill_a_reply_but_at_least_one() -> None:
+    queue = WorkQueue(QueuePolicy())
+    for offset in (0, 100, 200, 300):
+        queue.open_line(offset, offset + 100)
+    assert [g.work_id for g in queue.lease_ready("", 9, now=0.0, max_bytes=150)] == [0, 1]
+    assert [g.work_id for g in queue.lease_ready("", 9, now=0.0, max_bytes=1)] == [2]

@@ -45,6 +45,7 @@ STATE = QueueState(
         ItemState(
             2,
             20,
+            9,
             1,
             2,
             3,
