@@ -187,16 +187,18 @@ class DispatchService:
         """Hand out up to `count` items, waiting up to `wait_s` for the first one."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + wait_s
-        while True:
-            self._check_usable()
-            queue = self.queue
-            items = await self._hand_out(worker, count)
-            left_s = deadline - loop.time()
-            if items or self.queue.is_complete or self._draining or left_s <= 0:
-                break
-            self.queue.note_idle(worker, count)
-            await self._wait_for_change(left_s)
-        self.queue.note_idle(worker, 0)
+        try:
+            while True:
+                self._check_usable()
+                queue = self.queue
+                items = await self._hand_out(worker, count)
+                left_s = deadline - loop.time()
+                if items or self.queue.is_complete or self._draining or left_s <= 0:
+                    break
+                self.queue.note_idle(worker, count)
+                await self._wait_for_change(left_s)
+        finally:
+            self.queue.note_idle(worker, 0)  # answered, or cancelled because the client left
         await self._barrier(queue)
         if items:
             return BatchWorkResponse(WorkStatus.OK, items=items)

@@ -117,7 +117,14 @@ async def serve(settings: RunSettings, host: str, listener: socket.socket) -> in
     service = DispatchService(settings)
     try:
         await service.start()
-        runner = web.AppRunner(make_app(service), access_log=None, shutdown_timeout=1.0)
+        runner = web.AppRunner(
+            make_app(service),
+            access_log=None,
+            shutdown_timeout=1.0,
+            # A call that waits for work must end with its client, or it would take items for
+            # nobody. What a cancelled call had decided is written all the same.
+            handler_cancellation=True,
+        )
         await runner.setup()
         await web.SockSite(runner, listener, backlog=4096).start()
         try:
