@@ -14,13 +14,14 @@ from dispatcher.taskmanager.task import GeneratorTask, TaskFailed
 class ChatTask(GeneratorTask):
     """Sends the line's `messages`; writes the line back with the model's `response`.
 
-    `--task-arg max_tokens=256` allows longer answers.
+    Task arguments become part of the request: `--task-arg temperature=0`, say, or
+    `--task-arg max_tokens=256` for longer answers.
     """
 
     def task_generator(self) -> Generator[Request, Response, dict[str, Any]]:
         """Ask once; a request that failed makes the line an `__ERROR__` line."""
-        max_tokens = self.args.get("max_tokens", 64)
-        response = yield Request({"messages": self.data["messages"], "max_tokens": max_tokens})
+        request = {"messages": self.data["messages"], "max_tokens": 64, **self.args}
+        response = yield Request(request)
         if not response.is_success:
             raise TaskFailed(str(response.error), "model_error")
         return {**self.data, "response": response.get_text()}

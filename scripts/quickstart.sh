@@ -10,4 +10,5 @@ exec .venv/bin/dispatcher run \
     --task examples/chat_task.py:ChatTask \
     --input examples/data/prompts.jsonl \
     --output output.jsonl \
-    --backend local "$@"
+    --backend local \
+    --task-arg temperature=0 "$@"
