@@ -46,7 +46,7 @@ class LocalBackend(LaunchedBackend):
         process = ServerProcess("the local model", command, self._log_dir / "local-model.log", {})
         await self.run_process(process)
         ready = await process.wait_for_line(
-            r"local model ready at (http\S+)", self._startup_timeout_s
+            r"\nlocal model ready at (http\S+)\n", self._startup_timeout_s
         )
         return Endpoint(ready[1], self._model, request_timeout_s=self._request_timeout_s)
 

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
+import time
+import urllib.error
+import urllib.request
 from typing import NoReturn
+
+_POLL_S = 0.1
+_PROBE_TIMEOUT_S = 60.0
 
 
 def main() -> NoReturn:
@@ -28,11 +35,30 @@ def main() -> NoReturn:
     threads = max(1, (os.cpu_count() or 2) - 1)
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
-    print(f"local model ready at {server.listening_address}/v1", flush=True)
+    while not answers(server.listening_address):
+        time.sleep(_POLL_S)
+    # In one write, and on a line of its own: llama.cpp's threads log to the same file.
+    os.write(1, f"\nlocal model ready at {server.listening_address}/v1\n".encode())
     # Until SIGTERM, which ends the process at once: llama.cpp's threads need no farewell.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     while True:
         signal.pause()
+
+
+def answers(address: str) -> bool:
+    """Ask for one token: listening is not serving."""
+    body = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+    request = urllib.request.Request(
+        f"{address}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    without_proxy = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with without_proxy.open(request, timeout=_PROBE_TIMEOUT_S) as reply:
+            return bool(reply.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
 
 
 if __name__ == "__main__":
