@@ -118,12 +118,15 @@ class Child:
     run_had: int = 0
 
     def __post_init__(self) -> None:
-        self.process = ServerProcess(self.name, self.argv, self.log_path, {})
+        self.process = self._make_process()
 
     async def start(self) -> None:
         """Start it, anew if it ran before."""
-        self.__post_init__()
+        self.process = self._make_process()
         await self.process.start()
+
+    def _make_process(self) -> ServerProcess:
+        return ServerProcess(self.name, self.argv, self.log_path, {})
 
     def last_words(self) -> str:
         """Return what it said last, without the name it says it under."""

@@ -134,7 +134,7 @@ class DispatchService:
         """
         try:
             run = await self._in_writer(self._open)
-        except BaseException:
+        except BaseException:  # whatever it was, the lock must not stay behind
             await self.close()
             raise
         self.run_id, self.epoch, self.queue = run.run_id, run.epoch, run.queue

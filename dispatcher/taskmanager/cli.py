@@ -311,7 +311,7 @@ async def _run_manager(args: argparse.Namespace, task_class: type[Task], backend
             return
     try:
         await backend.start()
-    except BaseException:
+    except BaseException:  # a signal, too: the run's files and connections are let go of
         await source.give_back([], "the backend did not start")
         raise
     manager = Manager(source, backend, workers=args.workers)

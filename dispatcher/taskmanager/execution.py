@@ -107,6 +107,7 @@ class Attempt:
             except TaskRetry as retry:
                 return WantsRetry(str(retry.message))
         except BaseException as error:  # noqa: BLE001
+            # Task code may raise anything, SystemExit included; one item pays, nothing else.
             return Raised(f"{type(error).__name__}: {_text_of(error)}", _place_of(error))
 
 
@@ -200,7 +201,5 @@ def _place_of(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     if not frames:
         return ""
-    # The last frame outside this package and the standard library would be a guess; the last
-    # frame of all is where it was raised.
     last = frames[-1]
     return f"{last.filename}:{last.lineno} in {last.name}"

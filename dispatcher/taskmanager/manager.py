@@ -65,7 +65,7 @@ class Manager:
             if self._failure is not None:
                 raise self._failure from None
             raise
-        except BaseException:
+        except BaseException:  # the server is lost, or a defect: what is held goes back
             await self._abandon()
             raise
         finally:
