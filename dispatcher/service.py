@@ -10,23 +10,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import msgspec
 
 from dispatcher.config import RunSettings
-from dispatcher.core.events import Event, Finished, Tombstoned
 from dispatcher.core.work_queue import (
     MAX_RETRIES_EXCEEDED,
-    Grant,
+    Arrival,
     WorkQueue,
     parse_lease_id,
 )
-from dispatcher.errors import DispatcherError, StateError, StorageFullError
+from dispatcher.errors import DispatcherError, StateError, StorageError, StorageFullError
 from dispatcher.models import (
     BatchWorkResponse,
     HeartbeatRequest,
@@ -39,13 +39,15 @@ from dispatcher.models import (
     WorkStatus,
 )
 from dispatcher.storage.files import Files
-from dispatcher.storage.journal import encode_record
+from dispatcher.storage.journal import last_epoch
 from dispatcher.storage.opening import OpenRun, open_run, utc_now
-from dispatcher.storage.run_state import RunLock, make_state_dir, save_run_file
+from dispatcher.storage.ownership import REFRESH_S, Ownership
+from dispatcher.storage.run_state import make_state_dir, save_run_file
 from dispatcher.storage.source import InputLine, LineSource
 from dispatcher.storage.writer import Batch, RunWriter
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 REPLY_BYTES = 32 << 20
 """Input text handed out in one reply, at most (but always one item)."""
@@ -55,14 +57,22 @@ _SCAN_BYTES = 4 << 20
 _TICK_S = 1.0
 _FULL_PAUSE_S = 1.0
 _POLL_AGAIN_S = 0.2
+_DRAINING_RETRY_S = 2.0
+_CONFIRM_AGAIN_S = 1.0
+_LONGEST_GAP_S = 5.0
 _ERROR_MARK = b'{"__ERROR__"'
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
+
+
+def one_thread(name: str) -> Executor:
+    """Return a thread that runs one call after the other."""
+    return ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
 class AwakeClock:
     """Seconds this process was really running: a stopped or overloaded server charges nobody."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, longest_s: float = 5.0) -> None:
+    def __init__(self, clock: Callable[[], float], longest_s: float) -> None:
         self._clock = clock
         self._longest_s = longest_s
         self._last = clock()
@@ -89,6 +99,8 @@ class DispatchService:
         *,
         files: Files | None = None,
         clock: Callable[[], float] = time.monotonic,
+        ownership: Ownership | None = None,
+        make_thread: Callable[[str], Executor] = one_thread,
     ) -> None:
         self.settings = settings
         self.run_id = ""
@@ -102,14 +114,17 @@ class DispatchService:
         self.queue = WorkQueue(settings.policy)
         self.invalid_results = 0
         self.duplicate_results = 0
-        self._clock = AwakeClock(clock)
+        self._monotonic = clock
+        self._clock = AwakeClock(clock, min(_LONGEST_GAP_S, settings.policy.lease_term_s / 4))
         self._files = files or Files()
-        self._lock = RunLock(settings.state_dir)
+        self._ownership = ownership or Ownership(settings.state_dir, self._files)
         self._writer: RunWriter | None = None
         self._source: LineSource | None = None
         self._lines: deque[InputLine] = deque()
-        self._write_thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        self._read_thread = ThreadPoolExecutor(1, thread_name_prefix="input")
+        self._write_thread = make_thread("journal")
+        self._read_thread = make_thread("input")
+        # A claim must be seen to be kept also while a slow file system holds up the journal.
+        self._claim_thread = make_thread("claim")
         self._fill_lock = asyncio.Lock()
         self._batch = Batch()
         self._batch_done: asyncio.Future[None] | None = None
@@ -117,8 +132,8 @@ class DispatchService:
         self._work_queued = asyncio.Event()
         self._changed: asyncio.Future[None] | None = None
         self._checkpoint_at = 0.0
-        self._checkpointed_events = 0
-        self._events_written = 0
+        self._synced_at_bytes = 0
+        self._bytes_written = 0
         self._full_until = 0.0
         self._draining = False
         self._closed = False
@@ -128,13 +143,15 @@ class DispatchService:
     # ---------------------------------------------------------------- life
 
     async def start(self) -> None:
-        """Take the run's lock, read what is on disk, and go on from there.
+        """Make the run ours, read what is on disk, and go on from there.
 
+        When another process had the run and may still live, this takes up to half a minute.
         Raises UsageError, StateError or StorageError with what to do about it.
         """
         try:
-            run = await self._in_writer(self._open)
-        except BaseException:  # whatever it was, the lock must not stay behind
+            await self._take_run()
+            run = await self._open_taken()
+        except BaseException:  # whatever it was, the claim must not stay behind
             await self.close()
             raise
         self.run_id, self.epoch, self.queue = run.run_id, run.epoch, run.queue
@@ -143,7 +160,7 @@ class DispatchService:
             self.finished.set()
             return
         self._note_input_end()
-        self._tasks = [
+        self._tasks += [
             asyncio.create_task(self._guard(self._commit_forever())),
             asyncio.create_task(self._guard(self._tick_forever())),
         ]
@@ -159,7 +176,7 @@ class DispatchService:
         if self._closed:
             return
         self._closed = self._draining = True
-        if self._tasks and self.failure is None and not self.finished.is_set():
+        if self._writer is not None and self.failure is None and not self.finished.is_set():
             self._checkpoint_at = float("-inf")
             with contextlib.suppress(DispatcherError):
                 await self._barrier(self.queue, force=True)
@@ -169,17 +186,43 @@ class DispatchService:
         self._notify()
         if self._writer is not None:
             await self._in_writer(self._writer.close)
-        self._write_thread.shutdown()
-        self._read_thread.shutdown()
+        await self._in_claim_thread(self._ownership.release)
+        for thread in (self._write_thread, self._read_thread, self._claim_thread):
+            thread.shutdown()
         if self._source is not None:
             self._source.close()
-        self._lock.release()
         self.stopped.set()
 
+    async def _take_run(self) -> None:
+        state_dir = self.settings.state_dir
+        await self._in_writer(make_state_dir, state_dir, self._files)
+        floor = await self._in_writer(last_epoch, state_dir, self._files)
+        waits = False
+        while True:
+            wait_s = await self._in_claim_thread(self._ownership.try_take, floor)
+            if not wait_s:
+                break
+            if not waits:
+                waits = True
+                log.warning(
+                    "another process had the run in %s and may still live: waiting up to 30 s "
+                    "for a sign of it",
+                    state_dir,
+                )
+            await asyncio.sleep(wait_s)
+        self._tasks = [asyncio.create_task(self._guard(self._confirm_forever()))]
+
+    async def _open_taken(self) -> OpenRun:
+        try:
+            return await self._in_writer(self._open)
+        except StateError:
+            # What looks like damage may be the work of another process that took over meanwhile.
+            await self._in_claim_thread(self._ownership.confirm)
+            raise
+
     def _open(self) -> OpenRun:
-        make_state_dir(self.settings.state_dir)
-        self._lock.acquire()
-        return open_run(self.settings, self._files, self._clock.now())
+        owner, now = self._ownership, self._clock.now()
+        return open_run(self.settings, self._files, owner.epoch, now, owner)
 
     # ---------------------------------------------------------------- verbs
 
@@ -205,7 +248,9 @@ class DispatchService:
         if self.queue.is_complete:
             self.workers_told.add(worker)
             return BatchWorkResponse(WorkStatus.ALL_WORK_COMPLETE)
-        retry_s = _POLL_AGAIN_S if wait_s and not self._draining else self.settings.retry_s
+        retry_s = _POLL_AGAIN_S if wait_s else self.settings.retry_s
+        if self._draining:  # by then this server is away, and another one perhaps back
+            retry_s = min(self.settings.retry_s, _DRAINING_RETRY_S)
         return BatchWorkResponse(WorkStatus.RETRY, retry_in=retry_s)
 
     async def submit(self, items: Sequence[ResultItem]) -> list[Outcome]:
@@ -338,15 +383,12 @@ class DispatchService:
                 if queue is not self.queue:
                     raise StorageFullError(_NOT_KEPT)
                 continue
-            line = self._lines.popleft()
-            work_id = queue.open_line(line.offset, line.next_offset)
-            self._note_input_end()
-            if line.defect is not None:
-                queue.tombstone(work_id, line.defect, self._refusal(work_id, line), now)
-                continue
-            grants.append(queue.lease(work_id, worker, now))
-            texts[work_id] = line.text
-            size += line.next_offset - line.offset
+            texts |= self._open_lines(count - len(grants), now)
+            left = count - len(grants)
+            fresh = queue.lease_ready(worker, left, now, REPLY_BYTES - size, solo=not grants)
+            solo = any(grant.solo for grant in fresh)
+            size += sum(grant.line_bytes for grant in fresh)
+            grants += fresh
         if not grants:
             grants = queue.lease_backup(worker, count, now)
         self._queue_events()
@@ -354,19 +396,36 @@ class DispatchService:
         if again:
             lines = await self._in_reader(self._fetch, [grant.offset for grant in again])
             texts |= {grant.work_id: line.text for grant, line in zip(again, lines, strict=True)}
-        return [self._work_item(grant, texts[grant.work_id]) for grant in grants]
+        limit, run_id = queue.policy.max_retries, self.run_id
+        return [
+            WorkItem(
+                grant.work_id,
+                texts[grant.work_id],
+                None,
+                grant.retries,
+                limit,
+                run_id,
+                grant.lease,
+                grant.attempt,
+                grant.solo,
+            )
+            for grant in grants
+        ]
 
-    def _work_item(self, grant: Grant, text: str) -> WorkItem:
-        return WorkItem(
-            work_id=grant.work_id,
-            content=text,
-            retry_count=grant.retries,
-            max_retries=self.queue.policy.max_retries,
-            run=self.run_id,
-            lease=grant.lease,
-            attempt=grant.attempt,
-            solo=grant.solo,
-        )
+    def _open_lines(self, count: int, now: float) -> dict[int, str]:
+        """Take up to `count` of the lines read ahead into the queue; return their texts."""
+        queue, lines = self.queue, self._lines
+        room = min(count, len(lines), queue.window_room())
+        taken = [lines.popleft() for _ in range(room)]
+        first = queue.open_lines(taken[0].offset, [n.next_offset - n.offset for n in taken])
+        self._note_input_end()
+        texts: dict[int, str] = {}
+        for work_id, line in enumerate(taken, first):
+            if line.defect is None:
+                texts[work_id] = line.text
+            else:
+                queue.tombstone(work_id, line.defect, self._refusal(work_id, line), now)
+        return texts
 
     async def _fill_lines(self) -> None:
         async with self._fill_lock:
@@ -407,40 +466,36 @@ class DispatchService:
 
     # ---------------------------------------------------------------- taking back
 
-    def _take_result(self, item: ResultItem, now: float) -> Outcome:
-        if item.run is not None and item.run != self.run_id:
-            return Outcome.WRONG_RUN
-        named = parse_lease_id(item.lease) if item.lease is not None else None
-        serial = named[1] if named and named[0] == item.work_id else None
-        result = self._valid_result(item.result)
-        if result is None:
-            if not 0 <= item.work_id < self.queue.next_work_id:
-                return Outcome.UNKNOWN
-            self.invalid_results += 1
-            self.queue.fail(item.work_id, serial, "the result is not JSON on one line", now)
-            return Outcome.INVALID
-        failed = result.startswith(_ERROR_MARK)
-        outcome = self.queue.finish(item.work_id, serial, result, failed=failed, now=now)
-        self.duplicate_results += outcome is Outcome.DUPLICATE
-        return outcome
-
-    def _valid_result(self, text: str | None) -> bytes | None:
-        """Return the result as the output's bytes, or None when it is not JSON on one line."""
-        if text is None or "\n" in text or "\r" in text:
-            return None
-        try:
-            result = text.strip().encode("utf-8")
-            _check_json(result)
-        except (UnicodeEncodeError, msgspec.DecodeError, RecursionError):
-            return None
-        return result if len(result) <= self.settings.max_result_bytes else None
-
     async def _take_results(self, items: Sequence[ResultItem]) -> list[Outcome]:
         self._check_usable()
-        now = self._clock.now()
-        outcomes = [self._take_result(item, now) for item in items]
+        queue, run_id, now = self.queue, self.run_id, self._clock.now()
+        outcomes: list[Outcome] = []
+        arrivals: list[Arrival] = []
+        largest = self.settings.max_result_bytes
+        for item in items:
+            serial = _serial_of(item.lease)
+            wrong_run = item.run is not None and item.run != run_id
+            result = None if wrong_run else valid_result(item.result, largest)
+            if result is not None:
+                arrivals.append((item.work_id, serial, result, result.startswith(_ERROR_MARK)))
+                continue
+            # In the order they stand: an earlier one may be of the same item.
+            outcomes += queue.finish_all(arrivals, now)
+            arrivals.clear()
+            outcomes.append(
+                Outcome.WRONG_RUN if wrong_run else self._refuse_result(item, serial, now)
+            )
+        outcomes += queue.finish_all(arrivals, now)
+        self.duplicate_results += outcomes.count(Outcome.DUPLICATE)
         await self._settle()
         return outcomes
+
+    def _refuse_result(self, item: ResultItem, serial: int | None, now: float) -> Outcome:
+        if not 0 <= item.work_id < self.queue.next_work_id:
+            return Outcome.UNKNOWN
+        self.invalid_results += 1
+        self.queue.fail(item.work_id, serial, "the result is not JSON on one line", now)
+        return Outcome.INVALID
 
     async def _settle(self) -> None:
         """Give condemned items their tombstone, and let waiting calls see what became ready."""
@@ -492,7 +547,7 @@ class DispatchService:
         if self.finished.is_set():
             return  # the output holds everything, and nothing is decided any more
         self._queue_events()
-        if self._batch.records or force:
+        if self._batch.body or force:
             if self._batch_done is None:
                 self._batch_done = asyncio.get_running_loop().create_future()
                 self._work_queued.set()
@@ -505,23 +560,16 @@ class DispatchService:
     def _check_usable(self) -> None:
         if self.failure is not None:
             raise self.failure
-        if time.monotonic() < self._full_until:
+        if self._monotonic() < self._full_until:
             raise StorageFullError(_NOT_KEPT)
 
     # ---------------------------------------------------------------- writing
 
     def _queue_events(self) -> None:
         for event in self.queue.take_events():
-            self._add_to_batch(event)
-        if self._batch.records:
+            self._batch.add(event)
+        if self._batch.body:
             self._work_queued.set()
-
-    def _add_to_batch(self, event: Event) -> None:
-        record = encode_record(event)
-        if isinstance(event, Finished | Tombstoned):
-            self._batch.add_result(record, event.work_id, bytes(event.result))
-        else:
-            self._batch.add(record)
 
     async def _commit_forever(self) -> None:
         """Swap the batch, write it, tell everybody who waits for it; again."""
@@ -531,13 +579,18 @@ class DispatchService:
             batch, done = self._swap_batch()
             self._work_queued.clear()
             self._writing = done
+            await self._until_confirmed()
             try:
                 await self._in_writer(self._writer.write, batch)
             except StorageFullError as error:
                 await self._undo(done, error)
             else:
+                # Nobody may be told of what another server, which took over, does not know.
+                await self._until_confirmed()
                 _settle_future(done)
-                self._events_written += len(batch.records)
+                self._bytes_written += len(batch.body)
+                if batch.sync_output:
+                    self._synced_at_bytes = self._bytes_written
             # Any other error leaves `done` to _stop, which tells whoever waits for it.
             self._writing = None
             await self._after_write()
@@ -552,15 +605,13 @@ class DispatchService:
         assert self._writer is not None
         now = self._clock.now()
         due = now - self._checkpoint_at >= self.settings.checkpoint_every_s
-        full = self._writer.output.unsynced_bytes >= self.settings.checkpoint_every_bytes
-        if (
-            full
-            or self._writer.segment_is_full
-            or (due and self._events_written > self._checkpointed_events)
-        ):
+        many = self._writer.output.unsynced_bytes >= self.settings.checkpoint_every_bytes
+        news = self._bytes_written > self._synced_at_bytes or self._writer.output_error is not None
+        if self._writer.segment_is_full:
             batch.state = self.queue.checkpoint()
+        if batch.state is not None or many or (due and news):
+            batch.sync_output = True
             self._checkpoint_at = now
-            self._checkpointed_events = self._events_written + len(batch.records) + 1
         return batch, done or asyncio.get_running_loop().create_future()
 
     async def _after_write(self) -> None:
@@ -569,13 +620,13 @@ class DispatchService:
         behind = writer.output.written < self.queue.first_open
         if behind and writer.output_error is None:
             self._work_queued.set()
-        if self.queue.is_complete and not behind and not self._batch.records:
+        if self.queue.is_complete and not behind and not self._batch.body:
             await self._complete()
 
     async def _undo(self, done: asyncio.Future[None], error: StorageFullError) -> None:
         """The batch is not on disk: go back to what the journal says."""
         assert self._writer is not None
-        self._full_until = time.monotonic() + _FULL_PAUSE_S
+        self._full_until = self._monotonic() + _FULL_PAUSE_S
         now = self._clock.now()
         recovered = await self._in_writer(self._writer.read_journal, self.queue.policy, now)
         assert recovered is not None
@@ -593,7 +644,7 @@ class DispatchService:
 
     async def _complete(self) -> None:
         assert self._writer is not None
-        size = await self._in_writer(self._writer.complete)
+        size = await self._in_writer(self._writer.finish_output)
         counters = self.queue.counters
         self._run_file |= {
             "state": "complete",
@@ -615,7 +666,7 @@ class DispatchService:
         while True:
             await asyncio.sleep(min(_TICK_S, self.queue.policy.lease_term_s / 4))
             now = self._clock.now()
-            if time.monotonic() < self._full_until:
+            if self._monotonic() < self._full_until:
                 continue
             self.queue.expire(now)
             self._add_up_departed()
@@ -628,6 +679,26 @@ class DispatchService:
             ):
                 self._work_queued.set()
             self._notify()  # an idle worker may get a copy of an item that runs too long
+
+    async def _confirm_forever(self) -> None:
+        """Let others see that this process has the run, and notice when it has it no more."""
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            with contextlib.suppress(StorageError):  # tried again before it matters
+                await self._in_claim_thread(self._ownership.confirm)
+
+    async def _until_confirmed(self) -> None:
+        """Return when nobody else can have taken the run.
+
+        After a standstill (a stopped process, a hanging file system) that must be looked up.
+        """
+        while not self._ownership.is_confirmed:
+            try:
+                await self._in_claim_thread(self._ownership.confirm)
+            except StorageError:
+                if self._closed:
+                    raise  # what waits was not acknowledged; the next start takes it up
+                await asyncio.sleep(_CONFIRM_AGAIN_S)
 
     def _add_up_departed(self) -> None:
         """Keep the totals of workers the queue has forgotten, but not the workers."""
@@ -661,6 +732,9 @@ class DispatchService:
     async def _in_writer(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._write_thread, call, *args)
 
+    async def _in_claim_thread(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._claim_thread, call, *args)
+
     async def _in_reader(self, call: Callable[..., T], *args: Any) -> T:
         loop = asyncio.get_running_loop()
         try:
@@ -677,6 +751,28 @@ class DispatchService:
 
 
 _NOT_KEPT = "the journal cannot be written (is the disk full?); nothing was changed, try again"
+
+
+def valid_result(text: str | None, max_bytes: int) -> bytes | None:
+    """Return the result as the output's bytes, or None when it is not JSON on one line."""
+    if text is None or "\n" in text or "\r" in text:
+        return None
+    try:
+        result = text.strip(" \t").encode()
+        _check_json(result)
+    except (UnicodeEncodeError, msgspec.DecodeError, RecursionError):
+        return None
+    return result if len(result) <= max_bytes else None
+
+
+def _serial_of(lease: str | None) -> int | None:
+    """Return the number of a lease, 0 for what is none; it need not be one of the item."""
+    if lease is None:
+        return None
+    try:
+        return int(lease[lease.index(".") + 1 :])
+    except ValueError:
+        return 0
 
 
 def _settle_future(future: asyncio.Future[None]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import replace
@@ -18,11 +20,12 @@ import yaml
 
 from dispatcher import service as service_module
 from dispatcher.config import RunSettings
-from dispatcher.core.work_queue import QueuePolicy, WorkQueue
+from dispatcher.core.work_queue import CRASH, QueuePolicy, WorkQueue
 from dispatcher.errors import (
     DispatcherError,
     RunLockedError,
     StateError,
+    StorageError,
     StorageFullError,
     SyncFailedError,
 )
@@ -37,7 +40,9 @@ from dispatcher.models import (
 from dispatcher.service import AwakeClock, DispatchService
 from dispatcher.storage import writer as writer_module
 from dispatcher.storage.files import Files
-from tests.storage.broken_files import BROKEN, FULL, BrokenFiles
+from dispatcher.storage.journal import JOURNAL_DIR
+from dispatcher.storage.ownership import CONFIRM_WITHIN_S, OWNERS_DIR, Identity, Ownership
+from tests.storage.broken_files import BROKEN, FULL, BrokenFiles, owned_by_the_dead
 
 ERROR_KEYS = {"error", "work_id", "original_content", "attempts"}
 
@@ -81,30 +86,19 @@ def give_back(item: WorkItem, *, charge: bool = False) -> ReleaseItem:
     return ReleaseItem(item.work_id, item.lease, charge, "sigterm")
 
 
-async def free_lock(service: DispatchService) -> None:
-    """The lock belongs to the thread that took it; let a next service in this process have it."""
-    with contextlib.suppress(RuntimeError):
-        await service._in_writer(service._lock.release)
-
-
 async def drop(service: DispatchService) -> None:
-    """End the service as a kill does: nothing more is written."""
+    """End the service as a kill does: nothing more is written, and its claim stays."""
     await asyncio.sleep(0)  # a task that never began would leave its coroutine behind
     for task in service._tasks:
         task.cancel()
     await asyncio.gather(*service._tasks, return_exceptions=True)
-    await free_lock(service)
-    service._write_thread.shutdown()
-    service._read_thread.shutdown()
+    for thread in (service._write_thread, service._read_thread, service._claim_thread):
+        thread.shutdown()
+    service._ownership._lock.release()
     if service._writer is not None:
         service._writer.close()
     if service._source is not None:
         service._source.close()
-
-
-async def shut(service: DispatchService) -> None:
-    await free_lock(service)
-    await service.close()
 
 
 @contextlib.asynccontextmanager
@@ -112,6 +106,7 @@ async def serving(
     settings: RunSettings, files: Files | None = None, **options: Any
 ) -> AsyncIterator[DispatchService]:
     """A started service; whatever is left of it afterwards is dropped."""
+    options.setdefault("ownership", owned_by_the_dead(settings.state_dir, files))
     service = DispatchService(settings, files=files, **options)
     try:
         await service.start()
@@ -144,6 +139,11 @@ def expected(lines: Iterable[int]) -> list[Any]:
 
 def durable(service: DispatchService) -> Any:
     return msgspec.to_builtins(service.queue.checkpoint())
+
+
+def journal_bytes(settings: RunSettings) -> dict[str, bytes]:
+    directory = settings.state_dir / JOURNAL_DIR
+    return {path.name: path.read_bytes() for path in directory.glob("*.journal")}
 
 
 async def settle_loop() -> None:
@@ -354,6 +354,39 @@ def test_a_result_that_arrives_while_tombstones_are_being_made_is_kept(
 
     run(scenario())
     assert output(settings)[1] == {"result": 1}
+
+
+@pytest.mark.parametrize("got_one_before", [False, True])
+def test_an_item_that_became_solo_while_lines_were_read_still_goes_out_alone(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch, got_one_before: bool
+) -> None:
+    monkeypatch.setattr(service_module, "_SCAN_LINES", 1)
+    give_input(settings, 5)
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            (item,) = await take(service, 1, "a")
+            await service.release([crash(item)])
+            (item,) = await take(service, 1, "a")
+            if got_one_before:
+                (other,) = await take(service, 1, "a")
+                await service.release([give_back(other)])
+            reading, go_on = hold_reader(service)
+            asking = asyncio.create_task(service.get_work("b", 3))
+            await until(reading)
+            releasing = asyncio.create_task(service.release([crash(item)]))
+            await settle_loop()
+            go_on.set()
+            assert await releasing == 1
+            replies = [(await asking).items, await take(service, 3, "b"), await take(service, 3)]
+            (alone,) = [reply for reply in replies if any(item.solo for item in reply)]
+            assert [item.work_id for item in alone] == [0]
+
+    run(scenario())
+
+
+def crash(item: WorkItem) -> ReleaseItem:
+    return ReleaseItem(item.work_id, item.lease, False, CRASH)
 
 
 def hold_reader(service: DispatchService) -> tuple[threading.Event, threading.Event]:
@@ -1018,6 +1051,202 @@ def test_a_full_disk_under_the_output_pauses_the_output_only(settings: RunSettin
     assert output(settings) == expected(range(4))
 
 
+def test_a_segment_that_cannot_be_begun_is_noticed_by_nobody(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "SEGMENT_BYTES", 600)
+    give_input(settings, 40)
+    files = BrokenFiles()
+
+    async def scenario() -> None:
+        async with serving(settings, files) as service:
+            items = await take(service, 40)
+            files.fail_open, files.only = FULL, ".journal"
+            for item in items[1:30]:
+                assert await service.submit([answer(item)]) == [Outcome.ACCEPTED]
+            assert len(journal_bytes(settings)) == 1
+            files.heal()
+            for item in items[30:]:
+                assert await service.submit([answer(item)]) == [Outcome.ACCEPTED]
+            assert len(journal_bytes(settings)) > 1
+            memory = durable(service)
+        async with serving(settings) as service:
+            assert durable(service) == memory
+            await service.submit([answer(items[0])])
+            await completed(service)
+
+    run(scenario())
+    assert output(settings) == expected(range(40))
+
+
+def test_a_waiting_result_that_cannot_be_read_pauses_the_output_only(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "_TICK_S", 0.02)
+    give_input(settings, 5)
+    files = BrokenFiles()
+
+    async def scenario() -> None:
+        async with serving(settings, files) as service:
+            items = await take(service, 5)
+            await service.submit([answer(item) for item in items[1:3]])
+            files.fail_read, files.only = BROKEN, "journal"
+            for item in (items[0], *items[3:]):
+                assert await service.submit([answer(item)]) == [Outcome.ACCEPTED]
+            await ticks(service, 3)
+            assert str(settings.state_dir / JOURNAL_DIR) in service.status()["output_error"]
+            assert "Input/output error" in service.status()["output_error"]
+            assert not service.stopped.is_set()
+            files.heal()
+            await completed(service)
+            assert service.status()["output_error"] is None
+
+    run(scenario())
+    assert output(settings) == expected(range(5))
+
+
+# -------------------------------------------------------------------- an output that is gone
+
+
+@pytest.fixture
+def elsewhere(settings: RunSettings, monkeypatch: pytest.MonkeyPatch) -> RunSettings:
+    """Settings whose output stands in a directory of its own, and is looked after all the time."""
+    monkeypatch.setattr(service_module, "_TICK_S", 0.02)
+    outfile = settings.infile.with_name("results") / "out.jsonl"
+    outfile.parent.mkdir()
+    return replace(settings, outfile=outfile, checkpoint_every_s=0.0)
+
+
+def move_the_file(settings: RunSettings) -> Callable[[], object]:
+    aside = settings.outfile.rename(settings.infile.with_name("aside"))
+    return lambda: aside.rename(settings.outfile)
+
+
+def move_the_directory(settings: RunSettings) -> Callable[[], object]:
+    aside = settings.outfile.parent.rename(settings.infile.with_name("aside"))
+    return lambda: aside.rename(settings.outfile.parent)
+
+
+def replace_the_file(settings: RunSettings) -> Callable[[], object]:
+    put_back = move_the_file(settings)
+    settings.outfile.write_bytes(settings.infile.with_name("aside").read_bytes())
+    return put_back
+
+
+Loss = Callable[[RunSettings], Callable[[], object]]
+LOSSES = [move_the_file, move_the_directory, replace_the_file]
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_lost_output_is_reported_and_nothing_is_lost_when_it_is_put_back(
+    elsewhere: RunSettings, lose: Loss
+) -> None:
+    give_input(elsewhere, 6)
+
+    async def scenario() -> None:
+        async with serving(elsewhere) as service:
+            items = await take(service, 6)
+            await service.submit([answer(item) for item in items[:2]])
+            put_back = lose(elsewhere)
+            for item in items[2:4]:
+                assert await service.submit([answer(item)]) == [Outcome.ACCEPTED]
+            assert (
+                f"{elsewhere.outfile} was removed or replaced" in service.status()["output_error"]
+            )
+            assert not service.stopped.is_set()
+            put_back()
+            assert await service.submit([answer(i) for i in items[4:]]) == [Outcome.ACCEPTED] * 2
+            await completed(service)
+            assert service.status()["output_error"] is None
+
+    run(scenario())
+    assert output(elsewhere) == expected(range(6))
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_an_output_put_back_after_the_last_result_is_completed_by_itself(
+    elsewhere: RunSettings, lose: Loss
+) -> None:
+    give_input(elsewhere, 4)
+
+    async def scenario() -> None:
+        async with serving(elsewhere) as service:
+            items = await take(service, 4)
+            await service.submit([answer(items[0])])
+            put_back = lose(elsewhere)
+            for item in items[1:]:
+                assert await service.submit([answer(item)]) == [Outcome.ACCEPTED]
+            assert service.status()["output_error"]
+            assert not service.finished.is_set()
+            await ticks(service, 3)
+            put_back()
+            await completed(service)
+
+    run(scenario())
+    assert output(elsewhere) == expected(range(4))
+
+
+async def ticks(service: DispatchService, count: int) -> None:
+    """Return when the service looked `count` times more at what there is to write."""
+    looks = 0
+    swap_batch = service._swap_batch
+
+    def counted() -> Any:
+        nonlocal looks
+        looks += 1
+        return swap_batch()
+
+    service._swap_batch = counted  # type: ignore[method-assign]
+    while looks < count:  # noqa: ASYNC110 (the service has no event to wait for)
+        await asyncio.sleep(0.01)
+    service._swap_batch = swap_batch  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_an_output_that_is_gone_at_the_end_stops_the_run_and_its_journal_stays(
+    elsewhere: RunSettings, lose: Loss
+) -> None:
+    settings = replace(elsewhere, checkpoint_every_s=1000.0)
+    give_input(settings, 4)
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            items = await take(service, 4)
+            await service.submit([answer(item) for item in items[:2]])
+            put_back = lose(settings)
+            outcomes = await service.submit([answer(item) for item in items[2:]])
+            assert outcomes == [Outcome.ACCEPTED] * 2
+            await asyncio.wait_for(service.stopped.wait(), 5)
+            assert isinstance(service.failure, StateError)
+            assert "put the file back" in str(service.failure)
+            assert not service.finished.is_set()
+        assert journal_bytes(settings)
+        run_file = yaml.safe_load((settings.state_dir / "run.yaml").read_text())
+        assert run_file["state"] == "running"
+        put_back()
+        async with serving(settings) as service:
+            await completed(service)
+
+    run(scenario())
+    assert output(settings) == expected(range(4))
+
+
+def test_an_idle_service_writes_nothing(elsewhere: RunSettings) -> None:
+    give_input(elsewhere, 3)
+    files = BrokenFiles()
+
+    async def scenario() -> None:
+        async with serving(elsewhere, files) as service:
+            (item, *_) = await take(service, 3)
+            await service.submit([answer(item)])
+            await ticks(service, 3)
+            files.log.clear()
+            await ticks(service, 5)
+            assert [entry for entry in files.log if "journal" in entry or "out" in entry] == []
+
+    run(scenario())
+
+
 # -------------------------------------------------------------------- failures that end the run
 
 
@@ -1197,7 +1426,7 @@ def test_a_closed_run_goes_on_where_it_was(settings: RunSettings) -> None:
         await service.start()
         items = await take(service, 2)
         await service.submit([answer(items[1])])
-        await shut(service)
+        await service.close()
         assert service.stopped.is_set()
         async with serving(settings) as service:
             assert await service.submit([answer(items[0])]) == [Outcome.ACCEPTED]
@@ -1207,17 +1436,57 @@ def test_a_closed_run_goes_on_where_it_was(settings: RunSettings) -> None:
     assert output(settings) == expected(range(4))
 
 
-def test_a_closed_run_can_be_opened_again_in_the_same_process(settings: RunSettings) -> None:
+def test_after_close_the_next_start_need_not_wait_for_anybody(settings: RunSettings) -> None:
     give_input(settings, 1)
 
     async def scenario() -> None:
-        service = DispatchService(settings)
-        await service.start()
-        await service.close()
-        async with serving(settings) as service:
-            await finish_everything(service)
+        epochs = []
+        for _ in range(3):  # each claims the run for this very process, which lives on
+            service = DispatchService(settings)
+            await asyncio.wait_for(service.start(), 5)
+            epochs.append(service.epoch)
+            await service.close()
+        assert epochs == [1, 2, 3]
 
     run(scenario())
+
+
+def test_after_close_of_a_run_that_failed_the_next_start_need_not_wait_either(
+    settings: RunSettings,
+) -> None:
+    give_input(settings, 2)
+    files = BrokenFiles()
+
+    async def scenario() -> None:
+        service = DispatchService(settings, files=files)
+        await service.start()
+        (item, _) = await take(service, 2)
+        files.fail_sync, files.only = BROKEN, "journal"
+        with pytest.raises(SyncFailedError):
+            await service.submit([answer(item)])
+        await service.close()
+        service = DispatchService(settings)
+        await asyncio.wait_for(service.start(), 5)
+        await service.close()
+
+    run(scenario())
+
+
+def test_after_a_refused_start_the_next_one_need_not_wait_either(settings: RunSettings) -> None:
+    give_input(settings, 1)
+    settings.outfile.write_text("precious\n")
+
+    async def scenario() -> None:
+        with pytest.raises(StateError):
+            await DispatchService(settings).start()
+        settings.outfile.unlink()
+        service = DispatchService(settings)
+        await asyncio.wait_for(service.start(), 5)
+        await finish_everything(service)
+        await service.close()
+
+    run(scenario())
+    assert output(settings) == expected(range(1))
 
 
 def test_closing_while_the_run_completes_ends(settings: RunSettings) -> None:
@@ -1313,7 +1582,7 @@ def test_a_complete_run_is_not_touched_again(settings: RunSettings) -> None:
         return {
             str(path): path.read_bytes()
             for path in [settings.outfile, *settings.state_dir.rglob("*")]
-            if path.is_file() and path.name != "lock"
+            if path.is_file() and path.name != "lock" and path.parent.name != OWNERS_DIR
         }
 
     async def scenario() -> None:
@@ -1363,6 +1632,26 @@ def test_an_output_without_its_state_is_refused_and_not_touched(settings: RunSet
 
     run(scenario())
     assert settings.outfile.read_text() == "precious\n"
+
+
+def test_a_state_directory_without_its_journal_is_refused_and_the_output_not_touched(
+    settings: RunSettings,
+) -> None:
+    give_input(settings, 2)
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            items = await take(service, 2)
+            await service.submit([answer(items[0])])
+            run_id = service.run_id
+        before = settings.outfile.read_bytes()
+        for path in (settings.state_dir / JOURNAL_DIR).iterdir():
+            path.unlink()
+        with pytest.raises(StateError, match=f"the journal of run {run_id} is gone"):
+            await DispatchService(settings).start()
+        assert settings.outfile.read_bytes() == before
+
+    run(scenario())
 
 
 def test_an_empty_output_without_state_is_taken(settings: RunSettings) -> None:
@@ -1451,6 +1740,361 @@ def test_however_often_it_is_killed_the_output_is_whole_and_in_order(
         give_input(settings, lines)
     run(scenario())
     assert output(settings) == expected(range(lines))
+
+
+# -------------------------------------------------------------------- who has the run
+
+
+class Standstill:
+    """A clock that stands still until a test says how long this process did."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class NoLock:
+    """A file system without locks."""
+
+    def acquire(self) -> bool:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    def release(self) -> None:
+        return
+
+
+def take_over(settings: RunSettings) -> Ownership:
+    """Claim the run for a server on another machine."""
+    winner = Identity("node9", "its boot", "its pids", 7, "then")
+    options: dict[str, Any] = {"identity": winner, "lock": NoLock(), "takeover": True}
+    ownership = Ownership(settings.state_dir, Files(), **options)
+    ownership.try_take(0)
+    return ownership
+
+
+def told_when_confirming(ownership: Ownership) -> threading.Event:
+    """Give an event that is set when the next try to confirm the claim has ended."""
+    tried, confirm = threading.Event(), ownership.confirm
+
+    def tell() -> None:
+        try:
+            confirm()
+        finally:
+            tried.set()
+
+    ownership.confirm = tell  # type: ignore[method-assign]
+    return tried
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_nothing_is_written_or_answered_while_the_claim_cannot_be_confirmed(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch, verb: Verb
+) -> None:
+    monkeypatch.setattr(service_module, "_CONFIRM_AGAIN_S", 0.01)
+    give_input(settings, 5)
+    files, clock = BrokenFiles(), Standstill()
+    ownership = owned_by_the_dead(settings.state_dir, files, clock=clock)
+
+    async def scenario() -> None:
+        async with serving(settings, files, ownership=ownership) as service:
+            items = await take(service, 2)
+            before = journal_bytes(settings)
+            files.fail_reopen = BROKEN
+            clock.now_s += CONFIRM_WITHIN_S + 1
+            tried = told_when_confirming(ownership)
+            reply = asyncio.create_task(verb(service, items))
+            await until(tried)
+            await settle_loop()
+            assert not reply.done()
+            assert journal_bytes(settings) == before
+            files.heal()
+            await asyncio.wait_for(reply, 5)
+            assert service.failure is None
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_took_long_to_write_is_not_answered_before_the_claim_is_confirmed(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch, verb: Verb
+) -> None:
+    monkeypatch.setattr(service_module, "_CONFIRM_AGAIN_S", 0.01)
+    give_input(settings, 5)
+    files, clock = BrokenFiles(), Standstill()
+    ownership = owned_by_the_dead(settings.state_dir, files, clock=clock)
+
+    async def scenario() -> None:
+        async with serving(settings, files, ownership=ownership) as service:
+            items = await take(service, 2)
+            files.only = "journal"
+            files.hold_sync.clear()
+            reply = asyncio.create_task(verb(service, items))
+            await until(files.sync_waits)
+            clock.now_s += CONFIRM_WITHIN_S + 1
+            files.fail_reopen, files.only = BROKEN, None
+            tried = told_when_confirming(ownership)
+            files.hold_sync.set()
+            await until(tried)
+            await settle_loop()
+            assert not reply.done()
+            files.heal()
+            await asyncio.wait_for(reply, 5)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_service_that_stood_still_while_another_took_over_ends_with_the_winners_name(
+    settings: RunSettings, verb: Verb
+) -> None:
+    give_input(settings, 5)
+    clock = Standstill()
+    ownership = owned_by_the_dead(settings.state_dir, clock=clock)
+
+    async def scenario() -> None:
+        async with serving(settings, ownership=ownership) as service:
+            items = await take(service, 2)
+            before = journal_bytes(settings)
+            winner = take_over(settings)
+            clock.now_s += CONFIRM_WITHIN_S + 1
+            with pytest.raises(RunLockedError, match=r"\(process 7 on node9\) took over"):
+                await asyncio.wait_for(verb(service, items), 5)
+            await asyncio.wait_for(service.stopped.wait(), 5)
+            assert isinstance(service.failure, RunLockedError)
+            for again in VERBS:
+                with pytest.raises(RunLockedError):
+                    await asyncio.wait_for(again(service, items), 5)
+            await service.close()
+            assert journal_bytes(settings) == before
+            winner.confirm()  # the loser left the winner's claim alone
+
+    run(scenario())
+
+
+def test_a_result_that_was_being_written_when_another_took_over_is_not_acknowledged(
+    settings: RunSettings,
+) -> None:
+    give_input(settings, 5)
+    files, clock = BrokenFiles(), Standstill()
+    ownership = owned_by_the_dead(settings.state_dir, files, clock=clock)
+
+    async def scenario() -> None:
+        async with serving(settings, files, ownership=ownership) as service:
+            items = await take(service, 2)
+            files.only = "journal"
+            files.hold_sync.clear()
+            reply = asyncio.create_task(service.submit([answer(items[0])]))
+            await until(files.sync_waits)
+            take_over(settings)
+            clock.now_s += CONFIRM_WITHIN_S + 1
+            files.hold_sync.set()
+            with pytest.raises(RunLockedError, match="node9"):
+                await asyncio.wait_for(reply, 5)
+
+    run(scenario())
+
+
+def test_a_service_that_hung_in_its_journal_leaves_the_winners_output_alone(
+    settings: RunSettings,
+) -> None:
+    give_input(settings, 5)
+    files, clock = BrokenFiles(), Standstill()
+    ownership = owned_by_the_dead(settings.state_dir, files, clock=clock)
+
+    async def scenario() -> None:
+        async with serving(settings, files, ownership=ownership) as service:
+            items = await take(service, 2)
+            files.only = "journal"
+            files.hold_sync.clear()
+            reply = asyncio.create_task(service.submit([answer(items[0])]))
+            await until(files.sync_waits)
+            take_over(settings)
+            settings.outfile.write_text('{"from": "the winner"}\n')
+            clock.now_s += CONFIRM_WITHIN_S + 1
+            files.hold_sync.set()
+            with pytest.raises(RunLockedError):
+                await asyncio.wait_for(reply, 5)
+            await service.close()
+
+    run(scenario())
+    assert settings.outfile.read_text() == '{"from": "the winner"}\n'
+
+
+def test_a_service_that_hung_while_it_completed_leaves_the_winners_run_alone(
+    settings: RunSettings,
+) -> None:
+    settings = replace(settings, checkpoint_every_s=1000.0)
+    give_input(settings, 1)
+    files, clock = BrokenFiles(), Standstill()
+    ownership = owned_by_the_dead(settings.state_dir, files, clock=clock)
+    segment = settings.state_dir / JOURNAL_DIR / "00000002-000002.journal"
+
+    async def scenario() -> None:
+        async with serving(settings, files, ownership=ownership) as service:
+            (item,) = await take(service, 1)
+            files.only = "out.jsonl"
+            files.hold_sync.clear()
+            await service.submit([answer(item)])
+            await until(files.sync_waits)
+            take_over(settings)
+            segment.write_bytes(b"the winner's")
+            clock.now_s += CONFIRM_WITHIN_S + 1
+            files.hold_sync.set()
+            await asyncio.wait_for(service.stopped.wait(), 5)
+            assert isinstance(service.failure, RunLockedError)
+
+    run(scenario())
+    assert segment.read_bytes() == b"the winner's"
+    assert yaml.safe_load((settings.state_dir / "run.yaml").read_text())["state"] == "running"
+
+
+def test_a_start_that_hung_while_another_took_over_leaves_the_winners_run_alone(
+    settings: RunSettings,
+) -> None:
+    give_input(settings, 3)
+    files, clock = BrokenFiles(), Standstill()
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            items = await take(service, 3)
+            await service.submit([answer(items[0])])
+        files.only = "journal"
+        files.hold_sync.clear()
+        ownership = owned_by_the_dead(settings.state_dir, files, clock=clock)
+        service = DispatchService(settings, files=files, ownership=ownership)
+        starting = asyncio.create_task(service.start())
+        await until(files.sync_waits)  # what the one before wrote
+        take_over(settings)
+        with settings.outfile.open("a") as file:
+            file.write('{"from": "the winner"}\n')
+        output_before, journal_before = settings.outfile.read_bytes(), journal_bytes(settings)
+        clock.now_s += CONFIRM_WITHIN_S + 1
+        files.hold_sync.set()
+        try:
+            with pytest.raises(RunLockedError, match="node9"):
+                await asyncio.wait_for(starting, 5)
+        finally:
+            await drop(service)
+        assert settings.outfile.read_bytes() == output_before
+        assert journal_bytes(settings) == journal_before
+
+    run(scenario())
+
+
+def test_an_idle_service_notices_by_itself_that_another_took_over(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "REFRESH_S", 0.02)
+    give_input(settings, 1)
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            take_over(settings)
+            await asyncio.wait_for(service.stopped.wait(), 5)
+            assert isinstance(service.failure, RunLockedError)
+
+    run(scenario())
+
+
+def test_a_service_whose_state_directory_was_removed_ends_with_a_sentence(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "REFRESH_S", 0.02)
+    give_input(settings, 1)
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            settings.state_dir.rename(settings.state_dir.with_name("aside"))
+            await asyncio.wait_for(service.stopped.wait(), 5)
+            assert isinstance(service.failure, StateError)
+            assert str(settings.state_dir) in str(service.failure)
+
+    run(scenario())
+
+
+def test_a_claim_that_fails_now_and_then_is_tried_again_before_it_matters(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "REFRESH_S", 0.02)
+    give_input(settings, 2)
+    files = BrokenFiles()
+    ownership = owned_by_the_dead(settings.state_dir, files)
+
+    async def scenario() -> None:
+        async with serving(settings, files, ownership=ownership) as service:
+            files.fail_reopen = BROKEN
+            for _ in range(3):
+                await until(told_when_confirming(ownership))
+            items = await take(service, 2)
+            assert await service.submit([answer(items[0])]) == [Outcome.ACCEPTED]
+            files.heal()
+            await until(told_when_confirming(ownership))
+            assert service.failure is None
+
+    run(scenario())
+
+
+def test_closing_ends_although_the_claim_cannot_be_confirmed(
+    settings: RunSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "_CONFIRM_AGAIN_S", 0.01)
+    give_input(settings, 2)
+    files, clock = BrokenFiles(), Standstill()
+    ownership = owned_by_the_dead(settings.state_dir, files, clock=clock)
+
+    async def scenario() -> None:
+        async with serving(settings, files, ownership=ownership) as service:
+            await take(service, 1)
+            files.fail_reopen = BROKEN
+            clock.now_s += CONFIRM_WITHIN_S + 1
+            await asyncio.wait_for(service.close(), 5)
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("fault", ["fail_open", "fail_write", "fail_sync", "fail_sync_dir"])
+def test_a_claim_that_cannot_be_written_at_the_start_is_one_sentence(
+    settings: RunSettings, fault: str
+) -> None:
+    give_input(settings, 1)
+    files = BrokenFiles()
+    files.only = "000001"
+    setattr(files, fault, FULL)
+
+    async def scenario() -> None:
+        service = DispatchService(settings, files=files)
+        with pytest.raises(StorageError) as caught:
+            await asyncio.wait_for(service.start(), 5)
+        assert str(settings.state_dir) in str(caught.value)
+        assert "No space left on device" in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert service.stopped.is_set()
+        assert not settings.outfile.exists()
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("fault", ["fail_open", "fail_write", "fail_sync"])
+def test_a_claim_that_could_not_be_written_does_not_hold_up_the_next_start(
+    settings: RunSettings, fault: str
+) -> None:
+    give_input(settings, 1)
+    files = BrokenFiles()
+    files.only = "000001"
+    setattr(files, fault, FULL)
+
+    async def scenario() -> None:
+        with pytest.raises(StorageError):
+            await DispatchService(settings, files=files).start()
+        service = DispatchService(settings)
+        try:
+            await asyncio.wait_for(service.start(), 5)
+        finally:
+            await service.close()
+
+    run(scenario())
 
 
 # -------------------------------------------------------------------- time

@@ -22,30 +22,40 @@ crashed:  a worker or its model server died while the item was running.
 
 
 class Opened(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="open"):
-    """The next input line was read: it stands at `offset`, the line after it at `next_offset`."""
+    """The next input lines were read: the first is `work_id` and stands at byte `offset`.
+
+    `sizes` holds the bytes of each line, its line end included.
+    """
 
     work_id: int
     offset: int
-    next_offset: int
+    sizes: list[int]
 
 
 class Issued(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="issue"):
-    """A lease was given. `heartbeats` says whether its worker is known to send them."""
+    """Leases were given to one worker: number `serial` for the first item, then one up each.
 
-    work_id: int
-    serial: int
+    `heartbeats` says whether the worker is known to send them.
+    """
+
     worker: str
     heartbeats: bool
     solo: bool
-
-
-class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="result"):
-    """A worker's result was taken; `failed` marks an `__ERROR__` line the worker wrote."""
-
-    work_id: int
     serial: int
-    failed: bool
-    result: msgspec.Raw
+    work_ids: list[int]
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="results"):
+    """Workers' results were taken, `results[i]` for line `work_ids[i]` under lease `serials[i]`.
+
+    The serial is 0 when the client named no lease. `failed` names the lines among them whose
+    result is an `__ERROR__` line.
+    """
+
+    work_ids: list[int]
+    serials: list[int]
+    failed: list[int]
+    results: list[msgspec.Raw]
 
 
 class Tombstoned(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="tombstone"):
@@ -67,13 +77,10 @@ class LeaseEnded(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="en
 
 
 class Absolved(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="absolve"):
-    """A crash counted against the item was none: its worker was cut off, not dead.
-
-    `charged` says whether that crash had cost one of its reissues.
-    """
+    """A crash counted against the item was none: its worker was cut off, not dead."""
 
     work_id: int
-    charged: bool
+    worker: str
 
 
 class Watched(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="watch"):
@@ -83,16 +90,29 @@ class Watched(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="watch
     serial: int
 
 
-Event = Opened | Issued | Watched | Finished | Tombstoned | LeaseEnded | Absolved
+class Joined(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="join"):
+    """A worker sent its first heartbeat: after a restart, too, its leases are watched at once."""
+
+    worker: str
+
+
+class Left(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="leave"):
+    """A worker has been silent for so long that it is forgotten."""
+
+    worker: str
+
+
+Event = Opened | Issued | Watched | Finished | Tombstoned | LeaseEnded | Absolved | Joined | Left
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True):
-    """One line of an item's history."""
+    """One line of an item's history; `solo` tells that nothing else ran beside it."""
 
     attempt: int
     worker: str
     kind: EndKind
     reason: str
+    solo: bool = False
 
 
 class LeaseState(msgspec.Struct, frozen=True, array_like=True):
@@ -144,7 +164,7 @@ class QueueState(msgspec.Struct, frozen=True):
     Every line before `first_open` has its result; every line from `next_work_id` on, which
     begins at byte `next_offset` of the input, was never handed out; of those between, the ones
     in `items` are open and the others have their result, which for those in `tombstoned` is a
-    tombstone that a late result may still replace.
+    tombstone that a late result may still replace. `workers` names those that send heartbeats.
     """
 
     first_open: int
@@ -154,3 +174,4 @@ class QueueState(msgspec.Struct, frozen=True):
     counters: Counters
     items: list[ItemState]
     tombstoned: list[int] = []
+    workers: list[str] = []

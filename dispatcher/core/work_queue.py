@@ -1,8 +1,8 @@
 """The life of every work item: all transitions are here, and only here.
 
-    unread --open_line--> ready --lease--> leased --finish--> done
-                            ^                |
-                            |                +--release, fail, expire, heartbeat-->
+    unread --open_lines--> ready --lease--> leased --finish--> done
+                             ^               |
+                             |               +--release, fail, expire, heartbeat-->
                             |                        the lease ends: who pays?
                             +--- retries left -------------+
                                                            +--- none left: condemned
@@ -19,6 +19,7 @@ Nothing here does I/O or reads a clock: `now` is any number of seconds that neve
 from __future__ import annotations
 
 import heapq
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -34,8 +35,10 @@ from dispatcher.core.events import (
     Finished,
     Issued,
     ItemState,
+    Joined,
     LeaseEnded,
     LeaseState,
+    Left,
     Opened,
     QueueState,
     Tombstoned,
@@ -47,6 +50,7 @@ from dispatcher.models import Outcome
 _OPEN, _DONE, _TOMBSTONE = 0, 1, 2
 _TRIM_BYTES = 1 << 16
 _FORGET_AFTER_TERMS = 20
+_UNLIMITED = 1 << 62
 
 CRASH = "crash"
 """The release reason by which a worker says that its model server died under the item."""
@@ -84,6 +88,10 @@ class Item(msgspec.Struct, eq=False):
     queued: bool = False
     leases: list[Lease] = []
     history: list[Ended] = []
+
+
+Arrival = tuple[int, int | None, bytes, bool]
+"""A result as it came: work id, serial of the lease it names, the line, is it an `__ERROR__`."""
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
@@ -139,11 +147,16 @@ class WorkQueue:
         self.workers: dict[str, Worker] = {}
         self.leases: dict[int, Lease] = {}
         self.condemned: list[int] = []
-        # Heaps of work ids. An entry counts as long as its item is `queued`; there are `_queued`.
+        # Worker -> items its vanishing counted a crash for, to be taken back should it return.
+        self._blamed: dict[str, list[int]] = {}
+        # Work ids of ready items: lines not handed out yet, and heaps of those to hand out again.
+        # An entry counts as long as its item is `queued`; there are `_queued` of them.
+        self._fresh: deque[int] = deque()
         self._ready: list[int] = []
         self._ready_solo: list[int] = []
         self._queued = 0
-        self._deadlines: list[tuple[float, int]] = []
+        # Heap of (deadline, serial of the first lease, how many leases were given with it).
+        self._deadlines: list[tuple[float, int, int]] = []
         self._durations = Durations()
         self._overdue: tuple[float, list[Lease]] = (float("-inf"), [])
         self._written = 0
@@ -156,6 +169,8 @@ class WorkQueue:
             Tombstoned: self._apply_tombstoned,
             LeaseEnded: self._apply_ended,
             Absolved: self._apply_absolved,
+            Joined: self._apply_joined,
+            Left: self._apply_left,
         }
 
     # ---------------------------------------------------------------- what the caller asks
@@ -177,10 +192,12 @@ class WorkQueue:
 
     def may_open(self) -> bool:
         """Say whether a new line may be read: input left, and within the window."""
+        return not self.input_ended and self.window_room() > 0
+
+    def window_room(self) -> int:
+        """How many more lines the window lets be read; more than anybody asks for without one."""
         window = self.policy.window
-        return not self.input_ended and (
-            window == 0 or self.next_work_id - self.first_open < window
-        )
+        return window - (self.next_work_id - self.first_open) if window else _UNLIMITED
 
     def take_events(self) -> list[Event]:
         """Return the events since the last call, oldest first; the caller makes them durable."""
@@ -189,27 +206,43 @@ class WorkQueue:
 
     # ---------------------------------------------------------------- handing out
 
-    def open_line(self, offset: int, next_offset: int) -> int:
-        """Take the next input line into the queue and return its work id; it is ready."""
+    def open_lines(self, offset: int, sizes: list[int]) -> int:
+        """Take the next input lines into the queue, ready; return the work id of the first.
+
+        They begin at byte `offset` of the input; `sizes` holds the bytes of each.
+        """
         work_id = self.next_work_id
-        self._record(Opened(work_id, offset, next_offset), now=0.0)
+        self._record(Opened(work_id, offset, sizes), now=0.0)
         return work_id
 
     def lease_ready(
-        self, worker: str, count: int, now: float, max_bytes: int = 1 << 62
+        self,
+        worker: str,
+        count: int,
+        now: float,
+        max_bytes: int = 1 << 62,
+        *,
+        solo: bool = True,
     ) -> list[Grant]:
-        """Lease up to `count` ready items, lowest line first, until `max_bytes` are reached.
+        """Lease up to `count` ready items until `max_bytes` are reached.
 
-        An item that was running when engines died goes out alone, so that the worker can run
-        nothing else beside it.
+        Items handed out before go first, lowest line first. One that was running when engines
+        died goes out alone, so that the worker can run nothing else beside it (`solo` False: not
+        now).
         """
-        if item := self._pop_ready(self._ready_solo):
-            return [self._lease(item, worker, now)]
-        grants: list[Grant] = []
-        while len(grants) < count and max_bytes > 0 and (item := self._pop_ready(self._ready)):
-            grants.append(self._lease(item, worker, now))
-            max_bytes -= item.line_bytes
-        return grants
+        if solo and (item := self._pop_solo()):
+            return self._lease([item], worker, now)
+        chosen: list[Item] = []
+        again, fresh, too_many = self._ready, self._fresh, self.policy.crashes_before_solo
+        while (again or fresh) and len(chosen) < count and max_bytes > 0:
+            item = self.items.get(heapq.heappop(again) if again else fresh.popleft())
+            # One that must run alone waits elsewhere; this entry is from before its crashes.
+            if item is not None and item.queued and item.crashes < too_many:
+                item.queued = False
+                self._queued -= 1
+                chosen.append(item)
+                max_bytes -= item.line_bytes
+        return self._lease(chosen, worker, now)
 
     def lease_backup(self, worker: str, count: int, now: float) -> list[Grant]:
         """Lease second copies of items that run far longer than others do, to another worker.
@@ -227,7 +260,7 @@ class WorkQueue:
                 break
             if item is None or item.leases != [lease] or lease.worker == worker:
                 continue
-            grants.append(self._lease(item, worker, now))
+            grants += self._lease([item], worker, now)
         return grants
 
     def note_idle(self, worker: str, want: int) -> None:
@@ -244,19 +277,41 @@ class WorkQueue:
     def finish(
         self, work_id: int, serial: int | None, result: bytes, *, failed: bool, now: float
     ) -> Outcome:
-        """Take a result. The first valid one wins, whoever sends it and however late."""
-        if not 0 <= work_id < self.next_work_id:
-            return Outcome.UNKNOWN
-        flag = self._flag(work_id)
-        if flag == _DONE or (flag == _TOMBSTONE and work_id < self._written):
-            return Outcome.DUPLICATE
-        lease = self.leases.get(serial) if serial is not None else None
-        if lease is not None and lease.work_id == work_id:
-            self._durations.add(now - lease.running_since)
-            if worker := self.workers.get(lease.worker):
-                worker.note_finish(now)
-        self._record(Finished(work_id, serial or 0, failed, msgspec.Raw(result)), now)
-        return Outcome.ACCEPTED
+        """Take one result, as `finish_all` does."""
+        return self.finish_all([(work_id, serial, result, failed)], now)[0]
+
+    def finish_all(self, arrivals: Iterable[Arrival], now: float) -> list[Outcome]:
+        """Take results. The first valid one of an item wins, whoever sends it, however late."""
+        outcomes: list[Outcome] = []
+        work_ids: list[int] = []
+        serials: list[int] = []
+        errors: list[int] = []
+        results: list[msgspec.Raw] = []
+        items, leases, taken = self.items, self.leases, set[int]()
+        for work_id, serial, result, failed in arrivals:
+            if work_id in taken or (work_id not in items and not self._is_replaceable(work_id)):
+                known = 0 <= work_id < self.next_work_id
+                outcomes.append(Outcome.DUPLICATE if known else Outcome.UNKNOWN)
+                continue
+            lease = leases.get(serial or 0)  # serials count from 1
+            if lease is not None and lease.work_id == work_id:
+                self._note_finish(lease, now)
+            taken.add(work_id)
+            work_ids.append(work_id)
+            serials.append(serial or 0)
+            results.append(msgspec.Raw(result))
+            if failed:
+                errors.append(work_id)
+            outcomes.append(Outcome.ACCEPTED)
+        if work_ids:
+            self._record(Finished(work_ids, serials, errors, results), now)
+        return outcomes
+
+    def _note_finish(self, lease: Lease, now: float) -> None:
+        since = lease.issued_at if lease.started_at is None else lease.started_at
+        self._durations.add(now - since)
+        if lease.worker and (worker := self.workers.get(lease.worker)):
+            worker.note_finish(now)
 
     def fail(self, work_id: int, serial: int | None, reason: str, now: float) -> None:
         """End a lease, charged: what its worker sent is no result."""
@@ -302,6 +357,11 @@ class WorkQueue:
         if work_id in self.items:
             self._record(Tombstoned(work_id, error, msgspec.Raw(result)), now)
 
+    def finished_from(self, work_id: int) -> int:
+        """Return how many lines from this one on have their result."""
+        open_lines = sum(open_id >= work_id for open_id in self.items)
+        return self.next_work_id - work_id - open_lines
+
     def note_written(self, first_unwritten: int) -> None:
         """Lines before this one stand in the output, where a tombstone is final."""
         self._written = first_unwritten
@@ -317,11 +377,12 @@ class WorkQueue:
     ) -> Verdict:
         """A worker is alive; `held` maps (work_id, serial) to progress, prefetched included."""
         worker = self._know(name, now)
-        worker.heartbeats = True
+        if not worker.heartbeats:
+            self._record(Joined(name), now)
         if backend_up and not worker.backend_up:
             worker.backend_up_since = now
         worker.backend_up = backend_up
-        if worker.vanished_at is not None or worker.cut_off or worker.blamed:
+        if worker.vanished_at is not None or worker.cut_off or name in self._blamed:
             self._welcome_back(worker, held, now)
         verdict = Verdict()
         for (work_id, serial), progress in held.items():
@@ -354,7 +415,7 @@ class WorkQueue:
     def set_work_timeout(self, timeout_s: float, now: float) -> None:
         """Change the time an item may take without progress, for leases already given too."""
         self.policy = replace(self.policy, work_timeout_s=timeout_s)
-        self._deadlines = [(self._deadline(lease, now), s) for s, lease in self.leases.items()]
+        self._deadlines = [(self._deadline(x, now), serial, 1) for serial, x in self.leases.items()]
         heapq.heapify(self._deadlines)
 
     # ---------------------------------------------------------------- durable state
@@ -375,6 +436,7 @@ class WorkQueue:
             ),
             items=[_item_state(item) for item in self.items.values()],
             tombstoned=self._replaceable(),
+            workers=sorted(w.name for w in self.workers.values() if w.heartbeats),
         )
 
     def restore(self, state: QueueState, now: float) -> None:
@@ -388,6 +450,8 @@ class WorkQueue:
         self._flags = bytearray([_DONE]) * (state.next_work_id - state.first_open)
         for work_id in state.tombstoned:
             self._flags[work_id - self._flags_base] = _TOMBSTONE
+        for name in state.workers:
+            self._know(name, now).heartbeats = True
         for saved in state.items:
             item = Item(
                 saved.work_id,
@@ -403,10 +467,7 @@ class WorkQueue:
             self.items[saved.work_id] = item
             self._flags[saved.work_id - self._flags_base] = _OPEN
             for lease in saved.leases:
-                event = Issued(
-                    saved.work_id, lease.serial, lease.worker, lease.heartbeats, lease.solo
-                )
-                self._add_lease(item, event, now)
+                self._add_lease(item, lease.serial, lease.worker, lease.heartbeats, lease.solo, now)
             if saved.condemned:
                 self._condemn(item)
             elif not item.leases:
@@ -420,19 +481,25 @@ class WorkQueue:
             if lease.worker:
                 worker = self._know(lease.worker, now)
                 worker.heartbeats = worker.heartbeats or lease.heartbeats
+        for item in self.items.values():
+            for ended in item.history:
+                if _is_blame(ended, ended.worker):
+                    self._blamed.setdefault(ended.worker, []).append(item.work_id)
         self.set_work_timeout(self.policy.work_timeout_s, now)
 
     def adopt_workers(self, others: Iterable[Worker], now: float) -> None:
         """After a rebuild in a living process: keep what was known of the workers."""
         for other in others:
             worker = self._know(other.name, now)
-            worker.heartbeats, worker.backend_up = other.heartbeats, other.backend_up
+            if other.heartbeats and not worker.heartbeats:
+                self._record(Joined(other.name), now)
+            worker.backend_up = other.backend_up
             worker.pace_s, worker.finished = other.pace_s, other.finished
 
     # ---------------------------------------------------------------- inside: events
 
     def _record(self, event: Event, now: float) -> None:
-        self.apply(event, now)
+        self._appliers[type(event)](event, now)
         self._events.append(event)
 
     def _end(
@@ -441,18 +508,33 @@ class WorkQueue:
         self._record(LeaseEnded(lease.work_id, lease.serial, kind, reason, keep_steps), now)
 
     def _apply_opened(self, event: Opened, now: float) -> None:
-        item = Item(event.work_id, event.offset, event.next_offset - event.offset)
-        self.items[event.work_id] = item
-        self.next_work_id, self.next_offset = event.work_id + 1, event.next_offset
-        self._flags.append(_OPEN)
-        self._make_ready(item)
+        items, work_id, offset = self.items, event.work_id, event.offset
+        for size in event.sizes:
+            items[work_id] = Item(work_id, offset, size, queued=True)
+            work_id += 1
+            offset += size
+        self._fresh.extend(range(event.work_id, work_id))
+        self._queued += len(event.sizes)
+        self._flags += bytes(len(event.sizes))  # each of them _OPEN
+        self.next_work_id, self.next_offset = work_id, offset
 
     def _apply_finished(self, event: Finished, now: float) -> None:
-        if self._flag(event.work_id) == _TOMBSTONE:
-            self._undo_tombstone_count()
-        self.counters.done += 1
-        self.counters.failed += event.failed
-        self._settle(event.work_id, _DONE)
+        items, leases, flags, base = self.items, self.leases, self._flags, self._flags_base
+        for work_id in event.work_ids:
+            item = items.pop(work_id, None)
+            if item is None:
+                # In a replay the tombstone may be from before the checkpoint.
+                if work_id < base or flags[work_id - base] == _TOMBSTONE:
+                    self._undo_tombstone_count()
+            elif item.queued or len(item.leases) != 1 or item.leases[0].worker:
+                self._let_go(item)
+            else:
+                del leases[item.leases[0].serial]
+            if work_id >= base:
+                flags[work_id - base] = _DONE
+        self.counters.done += len(event.work_ids)
+        self.counters.failed += len(event.failed)
+        self._find_first_open()
 
     def _apply_tombstoned(self, event: Tombstoned, now: float) -> None:
         self.counters.done += 1
@@ -462,35 +544,37 @@ class WorkQueue:
         # A line that was refused stays so; only an item out of reissues may still get a late
         # result.
         replaceable = event.error == MAX_RETRIES_EXCEEDED
-        self._settle(event.work_id, _TOMBSTONE if replaceable else _DONE)
+        if item := self.items.pop(event.work_id, None):
+            self._let_go(item)
+        self._flags[event.work_id - self._flags_base] = _TOMBSTONE if replaceable else _DONE
+        self._find_first_open()
 
     def _apply_watched(self, event: Watched, now: float) -> None:
         if lease := self.leases.get(event.serial):
             lease.heartbeats = True
 
     def _apply_issued(self, event: Issued, now: float) -> None:
-        item = self.items.get(event.work_id)
-        if item is None:
-            return
-        self._unqueue(item)
-        self.counters.issued += 1
-        self.next_serial = max(self.next_serial, event.serial + 1)
-        self._add_lease(item, event, now)
+        items, serial = self.items, event.serial
+        for work_id in event.work_ids:
+            if (item := items.get(work_id)) is not None:
+                if item.queued:
+                    self._unqueue(item)
+                elif item.condemned:  # in a replay only: the limit was lowered since
+                    item.condemned = False
+                    item.retries += 1
+                self._add_lease(item, serial, event.worker, event.heartbeats, event.solo, now)
+            serial += 1
+        self.counters.issued += len(event.work_ids)
+        self.next_serial = max(self.next_serial, serial)
 
-    def _add_lease(self, item: Item, event: Issued, now: float) -> None:
-        lease = Lease(
-            event.serial,
-            event.work_id,
-            event.worker,
-            event.heartbeats,
-            event.solo,
-            issued_at=now,
-            progressed_at=now,
-        )
+    def _add_lease(
+        self, item: Item, serial: int, worker: str, heartbeats: bool, solo: bool, now: float
+    ) -> None:
+        lease = Lease(serial, item.work_id, worker, heartbeats, solo, now, now)
         item.leases.append(lease)
-        self.leases[lease.serial] = lease
-        if worker := self.workers.get(lease.worker):
-            worker.leases[lease.serial] = lease
+        self.leases[serial] = lease
+        if worker and (known := self.workers.get(worker)):
+            known.leases[serial] = lease
 
     def _apply_ended(self, event: LeaseEnded, now: float) -> None:
         lease = self.leases.get(event.serial)
@@ -507,10 +591,9 @@ class WorkQueue:
         item.releases += event.kind == "released"
         item.crashes += event.kind == "crashed"
         if event.kind in ("charged", "crashed"):
-            ended = Ended(item.attempt, lease.worker, event.kind, event.reason)
+            ended = Ended(item.attempt, lease.worker, event.kind, event.reason, lease.solo)
             item.history = [*item.history, ended][-self.policy.history_limit :]
-        if event.kind == "charged" or (event.kind == "crashed" and lease.solo):
-            item.owes_charge = True
+            item.owes_charge = item.owes_charge or _costs(ended)
         if item.leases:
             return  # a copy still runs; the attempt is judged when the last one ends
         if item.owes_charge:
@@ -524,12 +607,16 @@ class WorkQueue:
         self._make_ready(item)
 
     def _apply_absolved(self, event: Absolved, now: float) -> None:
-        item, charged = self.items.get(event.work_id), event.charged
-        if item is None:
+        item = self.items.get(event.work_id)
+        for_it = [e for e in item.history if _is_blame(e, event.worker)] if item else []
+        if item is None or not for_it:
             return
+        taken_back = for_it[-1]
+        item.history = [ended for ended in item.history if ended is not taken_back]
         item.crashes = max(0, item.crashes - 1)
-        if not charged:
-            return
+        others = [e for e in item.history if e.attempt == taken_back.attempt and _costs(e)]
+        if not _costs(taken_back) or others:
+            return  # it had cost nothing, or the attempt is charged for something else, too
         if item.owes_charge:
             item.owes_charge = False  # a copy still runs, so the charge was only noted
             return
@@ -543,21 +630,40 @@ class WorkQueue:
     def _condemn(self, item: Item) -> None:
         if 0 <= self.policy.max_retries <= item.retries:
             item.condemned = True
-            self.condemned.append(item.work_id)
+            if item.work_id not in self.condemned:
+                self.condemned.append(item.work_id)
         else:  # the limit was raised since
             item.retries += 1
             self._make_ready(item)
 
-    def _settle(self, work_id: int, flag: int) -> None:
+    def _apply_joined(self, event: Joined, now: float) -> None:
+        self._know(event.worker, now).heartbeats = True
+
+    def _apply_left(self, event: Left, now: float) -> None:
+        self.workers.pop(event.worker, None)
+        self._blamed.pop(event.worker, None)
+
+    def _let_go(self, item: Item) -> None:
         """The item has its line of output; whoever still works on it works in vain."""
-        if item := self.items.pop(work_id, None):
+        if item.queued:
             self._unqueue(item)
-            for lease in item.leases:
-                self._drop_lease(lease)
-        self._flags[work_id - self._flags_base] = flag
-        if work_id == self.first_open:
-            end = self._flags.find(_OPEN, work_id - self._flags_base)
+        for lease in item.leases:
+            del self.leases[lease.serial]
+            if lease.worker and (worker := self.workers.get(lease.worker)):
+                worker.leases.pop(lease.serial, None)
+
+    def _find_first_open(self) -> None:
+        place = self.first_open - self._flags_base
+        if place < len(self._flags) and self._flags[place] != _OPEN:
+            end = self._flags.find(_OPEN, place)
             self.first_open = self.next_work_id if end < 0 else self._flags_base + end
+
+    def _is_replaceable(self, work_id: int) -> bool:
+        """Say whether the line's result is a tombstone that is not in the output yet."""
+        return (
+            max(self._written, self._flags_base) <= work_id < self.next_work_id
+            and self._flag(work_id) == _TOMBSTONE
+        )
 
     def _replaceable(self) -> list[int]:
         """Return the items behind an open line whose result is a tombstone."""
@@ -582,16 +688,22 @@ class WorkQueue:
 
     def _drop_lease(self, lease: Lease) -> None:
         self.leases.pop(lease.serial, None)
-        if worker := self.workers.get(lease.worker):
+        if lease.worker and (worker := self.workers.get(lease.worker)):
             worker.leases.pop(lease.serial, None)
 
     # ---------------------------------------------------------------- inside: handing out
 
     def _unqueue(self, item: Item) -> None:
-        self._queued -= item.queued
+        """The item is not ready any more, though it was not taken from where it waited."""
         item.queued = False
-        if self._ready and self._ready[0] == item.work_id:
-            heapq.heappop(self._ready)  # a line just opened: keep its entry from lying about
+        self._queued -= 1
+        # In a replay it is the first, a line that is refused is the last; another one's entry lies
+        # about until its turn comes.
+        work_id, fresh = item.work_id, self._fresh
+        if fresh and fresh[0] == work_id:
+            fresh.popleft()
+        elif fresh and fresh[-1] == work_id:
+            fresh.pop()
 
     def _make_ready(self, item: Item) -> None:
         self._queued += not item.queued
@@ -599,31 +711,41 @@ class WorkQueue:
         solo = item.crashes >= self.policy.crashes_before_solo
         heapq.heappush(self._ready_solo if solo else self._ready, item.work_id)
 
-    def _pop_ready(self, heap: list[int]) -> Item | None:
-        while heap:
-            item = self.items.get(heapq.heappop(heap))
+    def _pop_solo(self) -> Item | None:
+        while self._ready_solo:
+            item = self.items.get(heapq.heappop(self._ready_solo))
             if item is not None and item.queued:
+                item.queued = False
+                self._queued -= 1
                 return item
         return None
 
-    def lease(self, work_id: int, worker: str, now: float) -> Grant:
-        """Lease one open item by its id: the line that was just opened."""
-        return self._lease(self.items[work_id], worker, now)
-
-    def _lease(self, item: Item, worker: str, now: float) -> Grant:
+    def _lease(self, items: list[Item], worker: str, now: float) -> list[Grant]:
+        if not items:
+            return []
         known = self._know(worker, now) if worker else None
         serial = self.next_serial
-        solo = item.crashes >= self.policy.crashes_before_solo
+        solo = items[0].crashes >= self.policy.crashes_before_solo
         beats = known is not None and known.heartbeats
-        self._record(Issued(item.work_id, serial, worker, beats, solo), now)
-        heapq.heappush(self._deadlines, (self._deadline(self.leases[serial], now), serial))
+        work_ids = [item.work_id for item in items]
+        self._record(Issued(worker, beats, solo, serial, work_ids), now)
+        deadline = self._deadline(self.leases[serial], now)
+        heapq.heappush(self._deadlines, (deadline, serial, len(items)))
         if known is not None:
             known.idle_want = 0
             known.vanished_at = None
-        name = lease_id(item.work_id, serial)
-        return Grant(
-            item.work_id, name, item.offset, item.line_bytes, item.retries, item.attempt, solo
-        )
+        return [
+            Grant(
+                item.work_id,
+                f"{item.work_id}.{serial + place}",
+                item.offset,
+                item.line_bytes,
+                item.retries,
+                item.attempt,
+                solo,
+            )
+            for place, item in enumerate(items)
+        ]
 
     def _find_lease(self, work_id: int, serial: int | None) -> Lease | None:
         """Find a live lease; a client that names none means its oldest anonymous one."""
@@ -679,17 +801,21 @@ class WorkQueue:
         forget_before = now - _FORGET_AFTER_TERMS * term_s
         gone = [w for w in self.workers.values() if w.last_seen_at < forget_before]
         for worker in gone:
-            if not worker.leases:
+            if worker.leases:
+                continue
+            if worker.heartbeats:
+                self._record(Left(worker.name), now)
+            else:
                 del self.workers[worker.name]
 
     def _end_vanished(self, worker: Worker, *, blame: bool, now: float) -> None:
         for lease in list(worker.leases.values()):
             worker.cut_off[lease.serial] = (lease.work_id, lease.solo)
             if blame and lease.progress > 0:
-                worker.blamed.append((lease.work_id, lease.solo))
-                self._end(lease, "crashed", "the worker vanished", now)
+                self._blamed.setdefault(worker.name, []).append(lease.work_id)
+                self._end(lease, "crashed", VANISHED, now)
             else:
-                self._end(lease, "returned", "the worker vanished", now)
+                self._end(lease, "returned", VANISHED, now)
         worker.idle_want = 0
 
     def _welcome_back(
@@ -702,16 +828,15 @@ class WorkQueue:
             item = self.items.get(work_id)
             cut_id, solo = worker.cut_off.get(serial, (-1, False))
             if item is not None and cut_id == work_id and item.queued:
-                self._record(Issued(work_id, serial, worker.name, True, solo), now)
-                lease = self.leases[serial]
-                heapq.heappush(self._deadlines, (self._deadline(lease, now), serial))
+                self._record(Issued(worker.name, True, solo, serial, [work_id]), now)
+                deadline = self._deadline(self.leases[serial], now)
+                heapq.heappush(self._deadlines, (deadline, serial, 1))
         worker.cut_off.clear()
 
     def _absolve(self, worker: Worker, now: float) -> None:
-        for work_id, charged in worker.blamed:
+        for work_id in self._blamed.pop(worker.name, []):
             if work_id in self.items:
-                self._record(Absolved(work_id, charged), now)
-        worker.blamed.clear()
+                self._record(Absolved(work_id, worker.name), now)
 
     def _call_back(self, now: float) -> None:
         """Ask slow workers for unstarted items when others are idle and nothing else is left."""
@@ -740,17 +865,17 @@ class WorkQueue:
     def _expire_deadlines(self, now: float) -> None:
         due = self._deadlines
         while due and due[0][0] <= now:
-            _, serial = heapq.heappop(due)
-            lease = self.leases.get(serial)
-            if lease is None:
-                continue
-            deadline = self._deadline(lease, now)
-            if deadline > now:  # progress was made since this entry was pushed
-                heapq.heappush(due, (deadline, serial))
-            elif lease.unstarted:
-                self._end(lease, "returned", "held too long without being started", now)
-            else:
-                self._end(lease, "charged", WORK_TIMEOUT, now)
+            _, first, count = heapq.heappop(due)
+            for serial in range(first, first + count):
+                if (lease := self.leases.get(serial)) is None:
+                    continue
+                deadline = self._deadline(lease, now)
+                if deadline > now:  # progress was made since this entry was pushed
+                    heapq.heappush(due, (deadline, serial, 1))
+                elif lease.unstarted:
+                    self._end(lease, "returned", "held too long without being started", now)
+                else:
+                    self._end(lease, "charged", WORK_TIMEOUT, now)
 
     def _find_overdue(self, now: float) -> Iterable[Lease]:
         """Leases of started items that run far longer than others did, longest first."""
@@ -773,11 +898,23 @@ class WorkQueue:
         return overdue
 
 
+VANISHED = "the worker vanished"
+"""The end reason of a lease whose worker sent no heartbeat for a lease term."""
+
 WORK_TIMEOUT = "work_timeout"
 """The end reason of a lease whose item made no progress for `work_timeout_s`."""
 
 MAX_RETRIES_EXCEEDED = "max_retries_exceeded"
 """The error of the tombstone an item gets when it runs out of reissues."""
+
+
+def _is_blame(ended: Ended, worker: str) -> bool:
+    return ended.kind == "crashed" and ended.reason == VANISHED and ended.worker == worker
+
+
+def _costs(ended: Ended) -> bool:
+    """Say whether the attempt is charged for this; crashes in company are nobody's."""
+    return ended.kind == "charged" or ended.solo
 
 
 def _item_state(item: Item) -> ItemState:

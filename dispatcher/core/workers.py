@@ -61,9 +61,8 @@ class Worker:
     last_finish_at: float | None = None
     finished: int = 0
     leases: dict[int, Lease] = field(default_factory=dict)
-    # What its vanishing ended and cost, to be given back and taken back should it return.
+    # What its vanishing ended, to be given back should it return.
     cut_off: dict[int, tuple[int, bool]] = field(default_factory=dict)
-    blamed: list[tuple[int, bool]] = field(default_factory=list)
 
     def note_finish(self, now: float) -> None:
         """Update the smoothed seconds between two of this worker's results."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import secrets
 from pathlib import Path
 
 
 class Files:
     """Plain POSIX calls; every method raises OSError as the system does."""
+
+    # ---------------------------------------------------------------- what tests replace
 
     def open(self, path: Path, flags: int, mode: int = 0o644) -> int:
         """Open a file and return its descriptor."""
@@ -18,7 +20,7 @@ class Files:
         """Close a descriptor."""
         os.close(fd)
 
-    def write_at(self, fd: int, data: bytes, offset: int) -> None:
+    def write_at(self, fd: int, data: bytes | bytearray, offset: int) -> None:
         """Write all of `data` at `offset`."""
         view = memoryview(data)
         while view:
@@ -55,19 +57,60 @@ class Files:
         finally:
             os.close(fd)
 
+    def names(self, path: Path) -> list[str]:
+        """Return the names in a directory, sorted; none when there is no such directory."""
+        try:
+            return sorted(os.listdir(path))
+        except FileNotFoundError:
+            return []
+
+    def make_dir(self, path: Path) -> None:
+        """Create a directory and those above it; an existing one is no error."""
+        path.mkdir(parents=True, exist_ok=True)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Give a file another name; what had that name is gone."""
+        source.replace(target)
+
     def unlink(self, path: Path) -> None:
         """Remove a file; a missing one is no error."""
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
+        path.unlink(missing_ok=True)
+
+    def leads_to(self, path: Path, fd: int) -> bool:
+        """Say whether the path still names the open file."""
+        try:
+            there, here = path.stat(), os.fstat(fd)
+        except OSError:
+            return False
+        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+    # ---------------------------------------------------------------- made of the above
 
     def write_whole(self, path: Path, data: bytes, mode: int = 0o644) -> None:
         """Replace a small file atomically and durably."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        fd = self.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+        # A name nobody can guess or share, created here and now: no link of somebody else's is
+        # followed, and two processes do not write into one file.
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        fd = self.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
         try:
-            self.write_at(fd, data, 0)
-            self.sync(fd)
+            try:
+                self.write_at(fd, data, 0)
+                self.sync(fd)
+            finally:
+                self.close(fd)
+            self.rename(partial, path)
+        except OSError:
+            self.unlink(partial)
+            raise
+        self.sync_dir(path.parent)
+
+    def read_whole(self, path: Path) -> bytes | None:
+        """Return a small file's content, or None when there is no such file."""
+        try:
+            fd = self.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            return self.read_at(fd, self.size(fd), 0)
         finally:
             self.close(fd)
-        partial.replace(path)
-        self.sync_dir(path.parent)

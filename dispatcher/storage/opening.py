@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import os
 import secrets
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,10 +17,11 @@ from dispatcher.core.events import Counters, QueueState
 from dispatcher.core.work_queue import WorkQueue
 from dispatcher.errors import StateError
 from dispatcher.storage.files import Files
-from dispatcher.storage.journal import RunHeader
-from dispatcher.storage.run_state import JOURNAL_DIR, load_run_file, save_run_file
+from dispatcher.storage.journal import JOURNAL_DIR
+from dispatcher.storage.records import RunHeader
+from dispatcher.storage.run_state import load_run_file, save_run_file
 from dispatcher.storage.source import LineSource, open_source
-from dispatcher.storage.writer import RunWriter
+from dispatcher.storage.writer import SOLE_OWNER, Owner, RunWriter
 
 
 @dataclass(slots=True)
@@ -34,29 +37,33 @@ class OpenRun:
     is_complete: bool = False
 
 
-def open_run(settings: RunSettings, files: Files, now: float) -> OpenRun:
-    """Open the run that the settings describe; its state directory is locked by the caller.
+def open_run(
+    settings: RunSettings, files: Files, epoch: int, now: float, owner: Owner = SOLE_OWNER
+) -> OpenRun:
+    """Open the run that the settings describe; it is `owner`'s, with this epoch.
 
     Raises UsageError, StateError or StorageError with what was found and what to do about it.
     """
     source = open_source(settings.infile, settings.state_dir, settings.max_line_bytes)
     fingerprint = source.fingerprint()
-    run_file = load_run_file(settings.state_dir) or {}
-    writer = RunWriter(settings.state_dir / JOURNAL_DIR, settings.outfile, files)
+    run_file = load_run_file(settings.state_dir, files) or {}
+    writer = RunWriter(settings.state_dir / JOURNAL_DIR, settings.outfile, files, owner)
     if run_file.get("state") == "complete":
         _check_input(settings, run_file.get("fingerprint", {}), fingerprint)
-        return _open_complete(settings, source, writer, run_file, now)
+        return _open_complete(settings, source, writer, run_file, epoch, now)
     recovered = writer.read_journal(settings.policy, now)
     if recovered is not None:
         _check_input(settings, recovered.header.fingerprint, fingerprint)
         queue = recovered.queue
-        run_id, epoch = recovered.header.run_id, recovered.header.epoch + 1
+        run_id = recovered.header.run_id
     else:
+        _check_nothing_is_missing(settings, run_file)
         _check_no_output(settings)
         queue = WorkQueue(settings.policy)
-        run_id, epoch = secrets.token_hex(8), 1
+        run_id = secrets.token_hex(8)
     described = describe(settings)
-    writer.begin(RunHeader(run_id, epoch, fingerprint, described), queue.checkpoint())
+    header = RunHeader(run_id, epoch, fingerprint, described)
+    writer.begin(header, queue.checkpoint(), recovered)
     queue.note_written(writer.output.written)
     run_file = {
         "run": run_id,
@@ -66,6 +73,7 @@ def open_run(settings: RunSettings, files: Files, now: float) -> OpenRun:
         "fingerprint": fingerprint,
         "settings": described,
     }
+    owner.confirm()
     save_run_file(settings.state_dir, run_file, files)
     return OpenRun(run_id, epoch, queue, source, writer, run_file)
 
@@ -73,13 +81,18 @@ def open_run(settings: RunSettings, files: Files, now: float) -> OpenRun:
 def describe(settings: RunSettings) -> dict[str, Any]:
     """Return the settings as run.yaml and the journal keep them."""
     return {
-        "input": str(settings.infile),
-        "output": str(settings.outfile),
-        "state": str(settings.state_dir),
+        "input": _shown(settings.infile),
+        "output": _shown(settings.outfile),
+        "state": _shown(settings.state_dir),
         "retry_s": settings.retry_s,
         "max_line_bytes": settings.max_line_bytes,
         **asdict(settings.policy),
     }
+
+
+def _shown(path: Path) -> str:
+    # A name need not be UTF-8, but what stands in a text file must be.
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def utc_now() -> str:
@@ -92,6 +105,7 @@ def _open_complete(
     source: LineSource,
     writer: RunWriter,
     run_file: dict[str, Any],
+    epoch: int,
     now: float,
 ) -> OpenRun:
     """There is nothing to hand out, and the output is not touched."""
@@ -108,7 +122,7 @@ def _open_complete(
     queue.restore(QueueState(total, total, 0, 1, counters, []), now)
     queue.end_of_input()
     run_id = str(run_file.get("run", ""))
-    return OpenRun(run_id, 0, queue, source, writer, run_file, is_complete=True)
+    return OpenRun(run_id, epoch, queue, source, writer, run_file, is_complete=True)
 
 
 def _check_input(settings: RunSettings, before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -121,6 +135,14 @@ def _check_input(settings: RunSettings, before: dict[str, Any], now: dict[str, A
         f"the input {settings.infile} is not the one this run began with: {changed} changed; "
         "restore it, or start a new run with another --outfile"
     )
+
+
+def _check_nothing_is_missing(settings: RunSettings, run_file: dict[str, Any]) -> None:
+    if run_file:
+        raise StateError(
+            f"the journal of run {run_file.get('run')} is gone from {settings.state_dir}; restore "
+            "it from a backup, or remove the state directory and the output to start anew"
+        )
 
 
 def _check_no_output(settings: RunSettings) -> None:

@@ -1,60 +1,16 @@
-"""The output file: result lines in input order, and where the results that must wait are.
-
-Results arrive in any order. Those that continue the written prefix are appended; the others stay
-in the journal, and only their place there is kept (12 bytes each) until their turn comes.
-"""
+"""The output file: result lines in input order, appended at a tracked offset."""
 
 from __future__ import annotations
 
 import os
 import zlib
-from array import array
 from pathlib import Path
 
 from dispatcher.errors import StateError, StorageError, SyncFailedError
 from dispatcher.storage.files import Files
-from dispatcher.storage.journal import Checkpoint, Location
+from dispatcher.storage.records import OutputPosition
 
 _TAIL_BYTES = 4096
-_OFFSET_BITS = 40
-_TRIM_ITEMS = 1 << 16
-
-
-class WaitingIndex:
-    """Work id -> place of its result in the journal, for results that are not dropped yet."""
-
-    def __init__(self, base: int = 0) -> None:
-        self._base = base
-        self._places = array("Q")  # segment << 40 | offset; 0 where there is no result
-        self._lengths = array("I")
-
-    def set(self, work_id: int, location: Location) -> None:
-        """Remember where a result is; a later one for the same item replaces it."""
-        place = work_id - self._base
-        if place < 0:
-            return
-        if (missing := place + 1 - len(self._places)) > 0:
-            self._places.frombytes(bytes(missing * self._places.itemsize))
-            self._lengths.frombytes(bytes(missing * self._lengths.itemsize))
-        self._places[place] = location.segment << _OFFSET_BITS | location.offset
-        self._lengths[place] = location.length
-
-    def get(self, work_id: int) -> Location | None:
-        """Return where a result is, or None."""
-        place = work_id - self._base
-        if not 0 <= place < len(self._places) or not self._places[place]:
-            return None
-        packed = self._places[place]
-        offset = packed & ((1 << _OFFSET_BITS) - 1)
-        return Location(packed >> _OFFSET_BITS, offset, self._lengths[place])
-
-    def forget_before(self, work_id: int) -> None:
-        """Results before this one are on disk in the output."""
-        unneeded = work_id - self._base
-        if unneeded >= _TRIM_ITEMS:
-            del self._places[:unneeded]
-            del self._lengths[:unneeded]
-            self._base = work_id
 
 
 class OrderedOutput:
@@ -69,45 +25,53 @@ class OrderedOutput:
         self.size_bytes = 0
         self.synced_bytes = 0
 
-    def open(self, checkpoints: list[Checkpoint]) -> None:
-        """Cut the file to the newest of these checkpoints it reaches, and go on from there.
+    def open(self, positions: list[OutputPosition]) -> OutputPosition | None:
+        """Open the file and return the newest of these positions that it reaches, changing nothing.
 
-        `checkpoints` are newest first; without any, the file must be empty. Raises StateError
-        when the file is shorter than all of them or holds something else.
+        `positions` are newest first; without any, the file must be empty. Raises StateError when
+        the file is shorter than all of them or holds something else.
         """
-        created = not self.path.exists()
         try:
             self._fd = self._files.open(self.path, os.O_RDWR | os.O_CREAT)
-            if created:
-                self._files.sync_dir(self.path.parent)
+            # Also when it exists: who created it may have been killed before it got this far.
+            self._files.sync_dir(self.path.parent)
+            size = self._files.size(self._fd)
+            chosen = next((p for p in positions if self._matches(p, size)), None)
+            if chosen is None and (positions or size):
+                raise StateError(
+                    f"the output {self.path} is not what this run wrote ({size} bytes; the run "
+                    f"had written {positions[0].size_bytes if positions else 0}); restore it, "
+                    "or start a new run with another --outfile"
+                )
         except OSError as error:
-            raise StorageError(
-                f"cannot write the output {self.path}: {error.strerror}; give --outfile a path "
-                "in a directory you may write to"
-            ) from error
-        size = self._files.size(self._fd)
-        chosen = next((c for c in checkpoints if self._matches(c, size)), None)
-        if chosen is None and (checkpoints or size):
-            raise StateError(
-                f"the output {self.path} is not what this run wrote ({size} bytes; the run had "
-                f"written {checkpoints[0].output_bytes if checkpoints else 0}); restore it, or "
-                "start a new run with another --outfile"
-            )
-        if chosen is not None:
-            self.written, self.size_bytes = chosen.written, chosen.output_bytes
-        self._files.truncate(self._fd, self.size_bytes)
-        self._tail = self._read_tail(self.size_bytes)
+            raise self._unusable(error) from error
+        return chosen
+
+    def cut(self, position: OutputPosition | None) -> None:
+        """Cut the file to a position, or to nothing, and go on from there."""
+        if position is not None:
+            self.written, self.size_bytes = position.lines, position.size_bytes
+        try:
+            self._files.truncate(self._fd, self.size_bytes)
+            self._tail = self._read_tail(self.size_bytes)
+        except OSError as error:
+            raise self._unusable(error) from error
         self.sync()
 
     @property
-    def tail_crc(self) -> int:
-        """Checksum of the last 4096 bytes written."""
-        return zlib.crc32(self._tail)
+    def position(self) -> OutputPosition:
+        """Where the output ends now."""
+        return OutputPosition(self.written, self.size_bytes, zlib.crc32(self._tail))
 
     @property
     def unsynced_bytes(self) -> int:
         """How much was written since the last sync."""
         return self.size_bytes - self.synced_bytes
+
+    @property
+    def is_in_place(self) -> bool:
+        """False when the file, or its directory, was removed or replaced under its name."""
+        return self._files.leads_to(self.path, self._fd)
 
     def append(self, results: list[bytes]) -> None:
         """Write the next lines. Raises OSError, and then none of them counts as written."""
@@ -134,10 +98,16 @@ class OrderedOutput:
             self._files.close(self._fd)
             self._fd = -1
 
-    def _matches(self, checkpoint: Checkpoint, size: int) -> bool:
-        if size < checkpoint.output_bytes:
+    def _unusable(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"cannot write the output {self.path}: {error.strerror}; give --outfile a path in a "
+            "directory you may write to"
+        )
+
+    def _matches(self, position: OutputPosition, size: int) -> bool:
+        if size < position.size_bytes:
             return False
-        return zlib.crc32(self._read_tail(checkpoint.output_bytes)) == checkpoint.tail_crc
+        return zlib.crc32(self._read_tail(position.size_bytes)) == position.tail_crc
 
     def _read_tail(self, end: int) -> bytes:
         start = max(0, end - _TAIL_BYTES)

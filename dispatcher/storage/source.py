@@ -19,6 +19,7 @@ import msgspec
 from dispatcher.errors import StateError, UsageError
 
 _CHUNK_BYTES = 1 << 20
+_PLAIN_BYTES = 1 << 18
 _SAMPLE_BYTES = 1 << 16
 _SAMPLES = 16
 _BOM = b"\xef\xbb\xbf"
@@ -53,13 +54,32 @@ class LineSource:
 
     def scan(self, offset: int, max_lines: int, max_bytes: int) -> list[InputLine]:
         """Return the next lines from `offset`: at least one unless the input ends there."""
-        lines: list[InputLine] = []
+        lines = self._scan_plain(offset, max_lines, max_bytes) if offset else []
+        if lines:
+            return lines
         self._file.seek(offset)
         end = offset + max_bytes
         while len(lines) < max_lines and offset < min(end, self.size_bytes):
             line = self._read_line(offset, self.max_line_bytes)
             lines.append(line)
             offset = line.next_offset
+        return lines
+
+    def _scan_plain(self, offset: int, max_lines: int, max_bytes: int) -> list[InputLine]:
+        """Return the next lines up to the first that needs a closer look: most files have none."""
+        left = self.size_bytes - offset
+        data = os.pread(self._file.fileno(), min(_PLAIN_BYTES, max_bytes, left), offset)
+        lines: list[InputLine] = []
+        for raw in data.split(b"\n", max_lines)[:-1]:
+            next_offset = offset + len(raw) + 1
+            try:
+                text = raw.decode()
+            except UnicodeDecodeError:
+                break
+            if not text or text.isspace() or len(raw) >= self.max_line_bytes:
+                break
+            lines.append(InputLine(offset, next_offset, text))
+            offset = next_offset
         return lines
 
     def fetch(self, offset: int) -> InputLine:

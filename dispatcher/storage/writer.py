@@ -1,91 +1,157 @@
-"""The one writer of a run: journal first, then output. Runs in its own thread.
+"""The one writer of a run: batches of records into the journal, results into the output.
 
-A batch is everything that queued while the batch before it was being written. `write` returns
-when its records are on disk; only then may anybody be told.
+Everything here runs in the service's writer thread, one call at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from dispatcher.core.events import QueueState
+from dispatcher.core.events import Event, QueueState
 from dispatcher.core.work_queue import QueuePolicy
-from dispatcher.errors import StorageFullError
+from dispatcher.errors import CorruptJournalError, StateError, StorageFullError
 from dispatcher.storage.files import Files
-from dispatcher.storage.journal import (
-    SEGMENT_BYTES,
+from dispatcher.storage.journal import Journal
+from dispatcher.storage.output import OrderedOutput
+from dispatcher.storage.records import (
     Checkpoint,
-    Journal,
-    Location,
+    OutputPosition,
     RunHeader,
-    encode_record,
+    encode_into,
+    encode_records,
+    payloads,
 )
-from dispatcher.storage.output import OrderedOutput, WaitingIndex
-from dispatcher.storage.recovery import Recovered, Retention, recover
+from dispatcher.storage.recovery import (
+    Recovered,
+    Retention,
+    index_whole,
+    recover,
+)
+from dispatcher.storage.waiting import (
+    SegmentPlaces,
+    WaitingIndex,
+    places_path,
+    save_places,
+)
 
+SEGMENT_BYTES = 64 << 20
+SEGMENT_RESULTS = 200_000
 _APPEND_ITEMS = 4096
 _APPEND_BYTES = 8 << 20
 
 
 @dataclass(slots=True)
 class Batch:
-    """Records to make durable together, and the results among them by work id.
+    """Records to make durable together: `body` is their lines.
 
-    `prefix` is the first line of the run without a result after this batch; with `state`, the
-    queue's state at that point, a checkpoint is due.
+    Result `results[i]` of line `work_ids[i]` begins at byte `starts[i]` of the body. `prefix` is
+    the first line of the run without a result after this batch. `sync_output` asks to note how far
+    the output is on disk; `state`, the queue's state after this batch, to begin a new segment.
     """
 
-    records: list[bytes] = field(default_factory=list)
-    results: list[tuple[int, int, bytes]] = field(default_factory=list)
+    body: bytearray = field(default_factory=bytearray)
+    work_ids: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    results: list[bytes] = field(default_factory=list)
     prefix: int = 0
+    sync_output: bool = False
     state: QueueState | None = None
 
-    def add(self, record: bytes) -> None:
-        """Add a record without a result."""
-        self.records.append(record)
+    def add(self, event: Event) -> None:
+        """Add an event as a record."""
+        body = self.body
+        encode_into(event, body, -1)
+        work_ids, starts, results = payloads(event, len(body))
+        if results:
+            self.work_ids += work_ids
+            self.starts += starts
+            self.results += results
+        body += b"\n"
 
-    def add_result(self, record: bytes, work_id: int, result: bytes) -> None:
-        """Add a record that ends with a result."""
-        self.results.append((len(self.records), work_id, result))
-        self.records.append(record)
+
+class Owner(Protocol):
+    """Knows whether the run is still this process's (storage/ownership.py)."""
+
+    @property
+    def is_confirmed(self) -> bool:
+        """True while nobody else can have taken the run."""
+
+    def confirm(self) -> None:
+        """Make sure. Raises DispatcherError when it is not, or cannot be told."""
+
+
+class _SoleOwner:
+    is_confirmed = True
+
+    def confirm(self) -> None:
+        """There is nobody else."""
+
+
+SOLE_OWNER = _SoleOwner()
 
 
 class RunWriter:
-    """Owns the journal and the output of one run."""
+    """Owns the journal and the output of one run, as long as the run is this process's.
 
-    def __init__(self, journal_dir: Path, outfile: Path, files: Files) -> None:
+    Any call may hang in the file system for so long that another process takes over; so nothing
+    is cut, overwritten or deleted after a wait before `owner` was asked.
+    """
+
+    def __init__(
+        self, journal_dir: Path, outfile: Path, files: Files, owner: Owner = SOLE_OWNER
+    ) -> None:
+        self._owner = owner
         self._journal_dir = journal_dir
         self._files = files
         self._journal = Journal(journal_dir, files)
         self.output = OrderedOutput(outfile, files)
         self._index = WaitingIndex()
+        self._places = SegmentPlaces()
         self._retention = Retention()
         self._header: RunHeader | None = None
+        self._bytes_limit, self._results_limit = SEGMENT_BYTES, SEGMENT_RESULTS
+        self._output_lost = False
         self.output_error: str | None = None
 
     @property
     def segment_is_full(self) -> bool:
-        """True when the next checkpoint will begin a new segment."""
-        return self._journal.segment_bytes > SEGMENT_BYTES
+        """True when the next batch should bring the state that begins a new segment."""
+        return (
+            self._journal.segment_bytes > self._bytes_limit
+            or len(self._places.work_ids) > self._results_limit
+        )
 
     def read_journal(self, policy: QueuePolicy, now: float) -> Recovered | None:
         """Replay the journal into a queue, also after a failed write, to undo what it held.
 
         None when there is nothing of an earlier start.
         """
-        recovered = recover(self._journal, policy, now) if not self._journal.is_empty else None
+        recovered = recover(self._journal, policy, now, self._files)
         if recovered is None:
             return None
-        self._index, self._retention = recovered.index, recovered.retention
-        self._header = recovered.header
+        self._index, self._places = recovered.index, recovered.places
+        self._retention, self._header = recovered.retention, recovered.header
         return recovered
 
-    def begin(self, header: RunHeader, state: QueueState) -> None:
-        """Open the output where the checkpoints say, and start this epoch's segment."""
-        self.output.open(self._retention.newest_first())
+    def begin(self, header: RunHeader, state: QueueState, recovered: Recovered | None) -> None:
+        """Cut the output to where its last positions say, and start this epoch's segment.
+
+        Raises StateError, and then nothing was changed, when the output or a result is missing.
+        """
+        positions = self._retention.newest_first()
+        chosen = self.output.open(positions)
+        if recovered is not None:
+            if chosen is not positions[0]:
+                index_whole(self._journal, recovered)
+            self._check_nothing_is_missing(recovered, chosen.lines if chosen is not None else 0)
+        self._owner.confirm()
+        self.output.cut(chosen)
+        if recovered is not None:
+            self._save_places(self.output.written)
+        self._retention.positions = [self.output.position]
         self._begin_segment(header, state)
 
     def write(self, batch: Batch) -> None:
@@ -94,57 +160,93 @@ class RunWriter:
         Raises StorageFullError when the batch is not in the journal and nothing was changed,
         SyncFailedError when the process must end.
         """
+        position = self._sync_output() if batch.sync_output else None
+        if position is not None:
+            encode_into(position, batch.body, -1)
+            batch.body += b"\n"
+        offsets: list[int] = []
+        if batch.body:
+            start = self._journal.append(batch.body)
+            offsets = self._note_results(batch, start)
+        if position is not None:
+            self._retention.note_position(position)
+        if not self._owner.is_confirmed:
+            # The output may be another one's by now; it goes on once that is settled.
+            self._note_waiting(batch, offsets)
+            return
+        self._append_output(batch.prefix, dict(zip(batch.work_ids, batch.results, strict=True)))
+        if batch.results:
+            self._note_waiting(batch, offsets)
         if batch.state is not None:
-            self.output.sync()
-            batch.add(encode_record(self._checkpoint(batch.state)))
-        fresh: dict[int, bytes] = {}
-        if batch.records:
-            offsets = self._journal.append(batch.records)
-            segment = self._journal.current_segment
-            for place, work_id, result in batch.results:
-                # A result ends its record, just before the closing bracket.
-                at = offsets[place] + len(batch.records[place]) - 1 - len(result)
-                self._index.set(work_id, Location(segment, at, len(result)))
-                self._retention.note_result(segment, work_id)
-                fresh[work_id] = result
-        if batch.state is not None:
-            self._retention.note_checkpoint(
-                self._journal.current_segment, self._checkpoint(batch.state)
-            )
-            if self.segment_is_full:
-                self._rotate(batch.state)
+            self._rotate(batch.state)
+        if position is not None:
             self._drop_unneeded()
-        self._append_output(batch.prefix, fresh.get)
 
-    def complete(self) -> int:
-        """Sync the output, and return its size: the journal is not needed any more."""
+    def finish_output(self) -> int:
+        """Return the output's size once all of it is on disk, under its name.
+
+        Raises StateError when it is not there: the journal must stay then.
+        """
         self.output.sync()
+        if not self.output.is_in_place:
+            raise StateError(self._note_lost_output())
         self._files.sync_dir(self.output.path.parent)
+        self._owner.confirm()
         return self.output.size_bytes
 
     def remove_journal(self) -> None:
         """Delete all segments; the run is complete and run.yaml says so."""
+        self._owner.confirm()
         self._journal.close()
-        for path in self._journal_dir.iterdir():
-            self._files.unlink(path)
+        for name in self._files.names(self._journal_dir):
+            self._files.unlink(self._journal_dir / name)
 
     def close(self) -> None:
         """Close all files."""
         self._journal.close()
         self.output.close()
 
-    # ---------------------------------------------------------------- inside
+    # ---------------------------------------------------------------- inside: results
 
-    def _append_output(self, prefix: int, fresh: Callable[[int], bytes | None]) -> None:
+    def _note_results(self, batch: Batch, start: int) -> list[int]:
+        """Remember what the segment holds now; return where each result of the batch is in it."""
+        offsets = [start + place for place in batch.starts]
+        if offsets:
+            lengths = [len(result) for result in batch.results]
+            self._places.extend(batch.work_ids, offsets, lengths)
+            self._retention.note_result(self._journal.current_segment, self._places.last_work_id)
+        return offsets
+
+    def _note_waiting(self, batch: Batch, offsets: list[int]) -> None:
+        """Index the results that could not be written yet."""
+        written = self.output.written
+        waiting = [n for n, work_id in enumerate(batch.work_ids) if work_id >= written]
+        self._index.set_all(
+            self._journal.current_segment,
+            [batch.work_ids[n] for n in waiting],
+            [offsets[n] for n in waiting],
+            [len(batch.results[n]) for n in waiting],
+        )
+
+    def _append_output(self, prefix: int, fresh: dict[int, bytes]) -> None:
         """Write the next results of the prefix; the rest follows with the next batches."""
+        first = self.output.written
+        if self._output_lost or first >= prefix:
+            return
         results: list[bytes] = []
         size = 0
-        for work_id in range(self.output.written, min(prefix, self.output.written + _APPEND_ITEMS)):
-            result = fresh(work_id) or self._read(work_id)
-            results.append(result)
-            size += len(result)
-            if size > _APPEND_BYTES:
-                break
+        try:
+            for work_id in range(first, min(prefix, first + _APPEND_ITEMS)):
+                result = fresh.get(work_id) or self._read(work_id)
+                results.append(result)
+                size += len(result)
+                if size > _APPEND_BYTES:
+                    break
+        except OSError as error:
+            self.output_error = (
+                f"cannot read back a result from {error.filename or self._journal_dir}: "
+                f"{error.strerror}; mend that, and the output goes on by itself"
+            )
         if not results:
             return
         try:
@@ -152,33 +254,74 @@ class RunWriter:
             self.output_error = None
         except OSError as error:
             # The results are safe in the journal; the output goes on when there is room again.
-            self.output_error = f"cannot write {self.output.path}: {error.strerror}"
+            self.output_error = (
+                f"cannot write {self.output.path}: {error.strerror}; mend that, and the output "
+                "goes on by itself (results are kept meanwhile)"
+            )
 
     def _read(self, work_id: int) -> bytes:
         location = self._index.get(work_id)
         if location is None:
-            raise AssertionError(f"the result of item {work_id} is in no segment")
+            raise self._missing(work_id)
         return self._journal.read(location)
 
-    def _checkpoint(self, state: QueueState) -> Checkpoint:
-        output = self.output
-        return Checkpoint(state, output.written, output.size_bytes, output.tail_crc)
+    def _check_nothing_is_missing(self, recovered: Recovered, written: int) -> None:
+        """Raise CorruptJournalError when a line is finished but its result is nowhere."""
+        queue = recovered.queue
+        if queue.finished_from(written) > self._index.count_from(written):
+            finished = (n for n in range(written, queue.next_work_id) if n not in queue.items)
+            raise self._missing(next(n for n in finished if self._index.get(n) is None))
 
-    def _begin_segment(self, header: RunHeader, state: QueueState) -> None:
-        checkpoint = self._checkpoint(state)
-        records: list[Any] = [header, checkpoint]
-        self._journal.begin_segment(header.epoch, [encode_record(r) for r in records])
-        self._header = header
-        self._retention.note_checkpoint(self._journal.current_segment, checkpoint)
+    def _missing(self, work_id: int) -> CorruptJournalError:
+        return CorruptJournalError(
+            f"the result of line {work_id} is in no segment of {self._journal_dir}: one is "
+            "missing; restore it from a backup, or start a new run with another --state and "
+            "--outfile"
+        )
+
+    # ---------------------------------------------------------------- inside: segments
+
+    def _sync_output(self) -> OutputPosition | None:
+        """Return how far the output is on disk; None when it is not where it should be."""
+        self._output_lost = not self.output.is_in_place
+        if self._output_lost:
+            self.output_error = self._note_lost_output()
+            return None
+        self.output.sync()
+        return self.output.position
+
+    def _note_lost_output(self) -> str:
+        return (
+            f"the output {self.output.path} was removed or replaced while the run was writing "
+            "it; put the file back where it was (results are kept meanwhile)"
+        )
 
     def _rotate(self, state: QueueState) -> None:
         assert self._header is not None
         try:
+            self._save_places(self._retention.positions[-1].lines)
             self._begin_segment(self._header, state)
         except StorageFullError:
-            return  # the old segment grows until there is room for a new one
+            # The old segment grows until there is room for a new one.
+            self._bytes_limit += SEGMENT_BYTES // 8
+            self._results_limit += SEGMENT_RESULTS // 8
+
+    def _save_places(self, first_waiting: int) -> None:
+        number = self._journal.current_segment
+        path = self._journal.segment(number).path
+        size = self._journal.segment_bytes
+        with contextlib.suppress(OSError):  # it only spares a restart the reading
+            save_places(path, self._places, first_waiting, size, self._files)
+
+    def _begin_segment(self, header: RunHeader, state: QueueState) -> None:
+        checkpoint = Checkpoint(state, self._retention.positions)
+        self._journal.begin_segment(header.epoch, encode_records(header, checkpoint))
+        self._header, self._places = header, SegmentPlaces()
+        self._bytes_limit = self._journal.segment_bytes + SEGMENT_BYTES
+        self._results_limit = SEGMENT_RESULTS
 
     def _drop_unneeded(self) -> None:
-        self._journal.drop_before(self._retention.first_needed())
-        oldest = self._retention.checkpoints[0][1]
-        self._index.forget_before(oldest.written)
+        needed = self._retention.first_needed(self._journal.current_segment)
+        for segment in self._journal.drop_before(needed):
+            self._files.unlink(places_path(segment.path))
+        self._index.forget_before(self._retention.safe_lines)

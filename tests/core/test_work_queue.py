@@ -10,7 +10,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dispatcher.core.events import Event, Finished, LeaseEnded, QueueState, Tombstoned
+from dispatcher.core.events import (
+    Event,
+    Finished,
+    Issued,
+    Joined,
+    LeaseEnded,
+    Opened,
+    QueueState,
+    Tombstoned,
+)
 from dispatcher.core.work_queue import (
     CRASH,
     MAX_RETRIES_EXCEEDED,
@@ -43,9 +52,8 @@ def queue_of(lines: int, **limits: Any) -> WorkQueue:
 
 
 def open_lines(queue: WorkQueue, lines: int) -> list[int]:
-    return [
-        queue.open_line(queue.next_offset, queue.next_offset + LINE_BYTES) for _ in range(lines)
-    ]
+    first = queue.open_lines(queue.next_offset, [LINE_BYTES] * lines)
+    return list(range(first, first + lines))
 
 
 def key(grant: Grant) -> tuple[int, int]:
@@ -428,8 +436,8 @@ def test_a_late_result_wins_over_the_worker_that_has_the_item_now() -> None:
     assert finish(queue, late, now=TIMEOUT_S + 1) is Outcome.ACCEPTED
     assert finish(queue, current, now=TIMEOUT_S + 2, result=OTHER) is Outcome.DUPLICATE
 
-    results = [bytes(e.result) for e in queue.take_events() if isinstance(e, Finished)]
-    assert results == [DONE]
+    taken = [event for event in queue.take_events() if isinstance(event, Finished)]
+    assert [bytes(result) for event in taken for result in event.results] == [DONE]
     assert queue.leases == {}
     assert queue.counters.done == 1
 
@@ -1282,7 +1290,18 @@ def test_a_server_that_rebuilt_its_queue_still_knows_who_sends_heartbeats() -> N
 WORKERS = ("", "a", "b", "c", "d")
 VERBS = [
     *("open", "lease", "lease", "lease", "backup", "finish", "finish", "by_id"),
-    *("fail", "release", "release_id", "crash", "beat", "beat", "beat", "pass", "vanish"),
+    *(
+        "finish_many",
+        "fail",
+        "release",
+        "release_id",
+        "crash",
+        "beat",
+        "beat",
+        "beat",
+        "pass",
+        "vanish",
+    ),
     *("doom", "bury", "refuse", "written", "timeout", "idle", "checkpoint"),
 ]
 Move = tuple[str, int, int, int]
@@ -1325,10 +1344,11 @@ class Life:
         for event in self.queue.take_events():
             self.events.append(event)
             match event:
-                case Finished(work_id):
-                    before = self.settled.get(work_id)
-                    assert before is None or (before == "tombstone" and work_id >= self.written)
-                    self.settled[work_id] = "result"
+                case Finished(work_ids):
+                    for work_id in work_ids:
+                        before = self.settled.get(work_id)
+                        assert before is None or (before == "tombstone" and work_id >= self.written)
+                        self.settled[work_id] = "result"
                 case Tombstoned(work_id):
                     assert work_id not in self.settled
                     self.settled[work_id] = "tombstone"
@@ -1345,6 +1365,7 @@ class Life:
             assert len({lease.worker for lease in item.leases if lease.worker}) == len(
                 [lease for lease in item.leases if lease.worker]
             )
+        assert queue.ready_count == sum(item.queued for item in queue.items.values())
         held = [lease.serial for item in queue.items.values() for lease in item.leases]
         assert sorted(held) == sorted(queue.leases)
         for name, worker in queue.workers.items():
@@ -1366,8 +1387,8 @@ class Life:
         worker = WORKERS[x % len(WORKERS)]
         grants = self.queue.lease_ready(worker, 1 + y % 3, self.now)
         if not grants and z % 2:
-            (work_id,) = open_lines(self.queue, 1)
-            grants = [self.queue.lease(work_id, worker, self.now)]
+            open_lines(self.queue, 1 + z % 3)
+            grants = self.queue.lease_ready(worker, 1 + y % 3, self.now)
         self.grants += [(worker, grant) for grant in grants]
 
     def do_doom(self, x: int, y: int, z: int) -> None:
@@ -1387,6 +1408,17 @@ class Life:
     def do_finish(self, x: int, y: int, z: int) -> None:
         if picked := self.pick(x):
             finish(self.queue, picked[1], self.now)
+
+    def do_finish_many(self, x: int, y: int, z: int) -> None:
+        picked = [found[1] for n in range(1 + y % 4) if (found := self.pick(x + n))]
+        arrivals = [(g.work_id, serial(g), DONE, bool(z % 2)) for g in picked]
+        before = {g.work_id for g in picked} & set(self.queue.items)
+        outcomes = self.queue.finish_all(arrivals, self.now)
+        accepted = [
+            g.work_id for g, o in zip(picked, outcomes, strict=True) if o is Outcome.ACCEPTED
+        ]
+        assert len(set(accepted)) == len(accepted)
+        assert before <= set(accepted)
 
     def do_by_id(self, x: int, y: int, z: int) -> None:
         work_id = x - 1
@@ -1516,24 +1548,163 @@ def test_an_item_is_described_whole_in_a_checkpoint() -> None:
 
 def test_the_ready_count_is_exact_whatever_became_of_an_item() -> None:
     queue = WorkQueue(QueuePolicy())
-    for offset in range(6):
-        queue.open_line(offset, offset + 1)
+    open_lines(queue, 6)
     assert queue.ready_count == 6
 
-    queue.lease(5, "", now=0.0)  # leased by its id, as a line that was just read is
     queue.lease_ready("", 2, now=0.0)
-    queue.finish(2, None, b"{}", failed=False, now=0.0)  # answered late, while it was ready
+    for answered_while_ready in (5, 3):
+        queue.finish(answered_while_ready, None, b"{}", failed=False, now=0.0)
     assert queue.ready_count == 2
 
     queue.release(0, None, charge=True, reason="x", keep_steps=True, now=0.0)
     assert queue.ready_count == 3
-    assert [grant.work_id for grant in queue.lease_ready("", 9, now=0.0)] == [0, 3, 4]
+    assert [grant.work_id for grant in queue.lease_ready("", 9, now=0.0)] == [0, 2, 4]
     assert queue.ready_count == 0
 
 
 def test_ready_items_are_leased_until_their_lines_fill_a_reply_but_at_least_one() -> None:
     queue = WorkQueue(QueuePolicy())
-    for offset in (0, 100, 200, 300):
-        queue.open_line(offset, offset + 100)
+    queue.open_lines(0, [100] * 4)
     assert [g.work_id for g in queue.lease_ready("", 9, now=0.0, max_bytes=150)] == [0, 1]
     assert [g.work_id for g in queue.lease_ready("", 9, now=0.0, max_bytes=1)] == [2]
+
+
+# -------------------------------------------------------------------- many in one event
+
+
+def test_lines_read_together_are_one_event_and_each_knows_its_place() -> None:
+    queue = WorkQueue(QueuePolicy())
+    assert queue.open_lines(0, [7, 1]) == 0
+    assert queue.open_lines(8, [30, 5]) == 2
+
+    assert queue.take_events() == [Opened(0, 0, [7, 1]), Opened(2, 8, [30, 5])]
+    assert queue.next_offset == 43
+    grants = queue.lease_ready("", 9, now=0.0)
+    assert [(g.work_id, g.offset, g.line_bytes) for g in grants] == [
+        (0, 0, 7),
+        (1, 7, 1),
+        (2, 8, 30),
+        (3, 38, 5),
+    ]
+
+
+def test_items_handed_out_together_are_one_event_and_each_has_its_own_lease() -> None:
+    queue = queue_of(3)
+    lease_one(queue, "", now=0.0)
+    queue.take_events()
+    beat(queue, "a", now=0.0)
+
+    second, third = queue.lease_ready("a", 5, now=0.0)
+
+    assert queue.take_events() == [Joined("a"), Issued("a", True, False, 2, [1, 2])]
+    assert [second.lease, third.lease] == ["1.2", "2.3"]
+    assert queue.next_serial == 4
+    assert queue.counters.issued == 3
+
+
+def test_results_taken_together_are_one_event_and_each_is_answered_for_itself() -> None:
+    queue = queue_of(5)
+    first, second, third = queue.lease_ready("", 3, now=0.0)
+    finish(queue, first)
+    queue.take_events()
+
+    outcomes = queue.finish_all(
+        [
+            (second.work_id, serial(second), DONE, False),
+            (first.work_id, serial(first), OTHER, False),
+            (third.work_id, None, b'{"__ERROR__": {}}', True),
+            (second.work_id, serial(second), OTHER, True),
+            (99, None, DONE, False),
+        ],
+        now=1.0,
+    )
+
+    assert outcomes == [
+        Outcome.ACCEPTED,
+        Outcome.DUPLICATE,
+        Outcome.ACCEPTED,
+        Outcome.DUPLICATE,
+        Outcome.UNKNOWN,
+    ]
+    (event,) = queue.take_events()
+    assert isinstance(event, Finished)
+    assert (event.work_ids, event.serials, event.failed) == ([1, 2], [serial(second), 0], [2])
+    assert [bytes(result) for result in event.results] == [DONE, b'{"__ERROR__": {}}']
+    assert (queue.counters.done, queue.counters.failed) == (3, 1)
+    assert queue.leases == {}
+    assert queue.first_open == 3
+
+
+def test_results_that_change_nothing_make_no_event() -> None:
+    queue = queue_of(1)
+    finish(queue, grant := lease_one(queue, "", now=0.0))
+    queue.take_events()
+    assert queue.finish_all([(0, serial(grant), OTHER, False)], now=1.0) == [Outcome.DUPLICATE]
+    assert queue.finish_all([], now=1.0) == []
+    assert queue.take_events() == []
+
+
+def test_nothing_ready_makes_no_event() -> None:
+    queue = WorkQueue(QueuePolicy())
+    assert queue.lease_ready("a", 5, now=0.0) == []
+    assert queue.take_events() == []
+    assert queue.next_serial == 1
+
+
+def test_of_items_handed_out_together_only_the_one_that_stands_still_pays() -> None:
+    queue = queue_of(3)
+    beat(queue, "a", now=0.0)
+    still, moving, done = queue.lease_ready("a", 3, now=0.0)
+    beat(queue, "a", {still: 1, moving: 1, done: 1}, now=0.0)
+    finish(queue, done, now=1.0)
+
+    for now in range(20, 1201, 20):
+        beat(queue, "a", {still: 1, moving: now}, now=float(now))
+        queue.expire(float(now))
+    assert [costs(queue, i) for i in range(2)] == [(1, 0, 0), (0, 0, 0)]
+
+    for now in range(1220, 2401, 20):  # now the other one stands still, too
+        beat(queue, "a", {moving: 1200}, now=float(now))
+        queue.expire(float(now))
+    assert costs(queue, 1) == (1, 0, 0)
+
+
+def test_reissues_come_before_lines_that_were_never_handed_out_in_one_reply() -> None:
+    queue = queue_of(4)
+    first, second = queue.lease_ready("", 2, now=0.0)
+    for grant in (second, first):
+        give_back(queue, grant, charge=False)
+
+    assert [g.work_id for g in queue.lease_ready("", 3, now=1.0)] == [0, 1, 2]
+    assert [g.work_id for g in queue.lease_ready("", 3, now=1.0)] == [3]
+
+
+def test_a_refused_line_among_others_is_not_handed_out() -> None:
+    queue = queue_of(4)
+    queue.tombstone(1, "blank_line", b"{}", now=0.0)
+    queue.tombstone(2, "blank_line", b"{}", now=0.0)
+    assert queue.ready_count == 2
+    assert [g.work_id for g in queue.lease_ready("", 9, now=0.0)] == [0, 3]
+
+
+def test_after_a_replay_no_item_is_ready_twice() -> None:
+    queue = queue_of(6)
+    crash_while_running(queue, "a", now=0.0)
+    given = queue.lease_ready("", 4, now=0.0)
+    give_back(queue, given[2], charge=False)
+
+    queue = restarted(queue, now=0.0)
+
+    assert queue.ready_count == 3
+    assert [g.work_id for g in queue.lease_ready("", 9, now=0.0)] == [2, 4, 5]
+    assert queue.lease_ready("", 9, now=0.0) == []
+
+
+def test_the_window_tells_how_many_more_lines_may_be_read() -> None:
+    queue = WorkQueue(QueuePolicy(window=5))
+    assert queue.window_room() == 5
+    open_lines(queue, 3)
+    assert queue.window_room() == 2
+    queue.finish(0, None, DONE, failed=False, now=0.0)
+    assert queue.window_room() == 3
+    assert WorkQueue(QueuePolicy()).window_room() > 1 << 40

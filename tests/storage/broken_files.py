@@ -1,4 +1,4 @@
-"""File operations that fail, or wait, when a test says so."""
+"""File operations that fail, or wait, when a test says so, and claims of the dead."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import errno
 import os
 import threading
 from pathlib import Path
+from typing import Any
+
+import msgspec
 
 from dispatcher.storage.files import Files
+from dispatcher.storage.ownership import Identity, Ownership
 
 
 class BrokenFiles(Files):
     """Real files; each `fail_*` set to an errno makes that operation fail with it.
 
-    A failing write first writes half of its data, as a full disk does. While `hold_sync` is
+    `fail_open` is for files that may have to be created, `fail_reopen` for all others. A failing
+    write first writes half of its data, as a full disk does. While `hold_sync` is
     cleared, syncs wait for it; `sync_waits` tells that one does.
     """
 
@@ -22,6 +27,7 @@ class BrokenFiles(Files):
         self.fail_sync = 0
         self.fail_truncate = 0
         self.fail_open = 0
+        self.fail_reopen = 0
         self.fail_read = 0
         self.fail_sync_dir = 0
         self.only: str | None = None
@@ -35,13 +41,14 @@ class BrokenFiles(Files):
         self._names: dict[int, str] = {}
 
     def open(self, path: Path, flags: int, mode: int = 0o644) -> int:
-        if self.fail_open and flags & os.O_CREAT and self._meant(path.name):
-            raise OSError(self.fail_open, os.strerror(self.fail_open))
+        error = self.fail_open if flags & os.O_CREAT else self.fail_reopen
+        if error and self._meant(path.name):
+            raise OSError(error, os.strerror(error))
         fd = super().open(path, flags, mode)
         self._names[fd] = path.name
         return fd
 
-    def write_at(self, fd: int, data: bytes, offset: int) -> None:
+    def write_at(self, fd: int, data: bytes | bytearray, offset: int) -> None:
         self.log.append(f"write {self._names.get(fd)}")
         if self.fail_write and self._meant(self._names.get(fd, "")):
             super().write_at(fd, data[: len(data) // 2], offset)
@@ -79,10 +86,19 @@ class BrokenFiles(Files):
     def heal(self) -> None:
         """Let everything work again."""
         self.fail_write = self.fail_sync = self.fail_truncate = 0
-        self.fail_open = self.fail_read = self.fail_sync_dir = 0
+        self.fail_open = self.fail_reopen = self.fail_read = self.fail_sync_dir = 0
 
     def _meant(self, name: str) -> bool:
         return self.only is None or self.only in name
+
+
+def owned_by_the_dead(state_dir: Path, files: Files | None = None, **options: Any) -> Ownership:
+    """Give an ownership whose claim looks, to whoever comes next, as after a kill.
+
+    Its process had our id before us.
+    """
+    owner = msgspec.structs.replace(Identity.of_this_process(), started="before")
+    return Ownership(state_dir, files or Files(), identity=owner, **options)
 
 
 FULL = errno.ENOSPC

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -21,16 +20,19 @@ from dispatcher.core.events import (
     Opened,
     QueueState,
     Tombstoned,
+    Watched,
 )
 from dispatcher.errors import CorruptJournalError, StorageFullError, SyncFailedError
 from dispatcher.storage.files import Files
-from dispatcher.storage.journal import (
+from dispatcher.storage.journal import JOURNAL_DIR, Entry, Journal, last_epoch
+from dispatcher.storage.records import (
     Checkpoint,
-    Entry,
-    Journal,
+    Location,
+    OutputPosition,
     Record,
     RunHeader,
-    encode_record,
+    encode_records,
+    payloads,
 )
 from tests.storage.broken_files import BROKEN, FULL, BrokenFiles
 
@@ -57,38 +59,57 @@ STATE = QueueState(
         )
     ],
 )
-CHECKPOINT = Checkpoint(STATE, 2, 99, 0xDEADBEEF)
+CHECKPOINT = Checkpoint(STATE, [OutputPosition(1, 40, 7), OutputPosition(2, 99, 0xDEADBEEF)])
+FIRST_FRAME = encode_records(HEADER, CHECKPOINT)
 RESULT = '{"text": "ä ] \\" \\n 😀"}'.encode()
 EVENTS: list[Record] = [
-    Opened(5, 50, 60),
-    Issued(5, 9, "a", True, False),
-    Finished(5, 9, False, msgspec.Raw(RESULT)),
+    Opened(5, 50, [10, 7, 1]),
+    Issued("a", True, False, 9, [5, 6]),
+    Watched(5, 9),
+    OutputPosition(3, 120, 1),
+    Finished([5, 9], [9, 0], [9], [msgspec.Raw(RESULT), msgspec.Raw(b"[ ]")]),
     Tombstoned(6, "blank_line", msgspec.Raw(b'{"__ERROR__": {}}')),
     LeaseEnded(7, 10, "charged", "line one\nline two", False),
-    Absolved(7, True),
+    Absolved(7, "wörker"),
 ]
 
 
 def start(directory: Path, files: Files | None = None) -> Journal:
     journal = Journal(directory, files or Files())
-    journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
+    journal.begin_segment(1, FIRST_FRAME)
     return journal
 
 
-def append(journal: Journal, *records: Record) -> list[int]:
-    return journal.append([encode_record(record) for record in records])
+def append(journal: Journal, *records: Record) -> int:
+    return journal.append(encode_records(*records))
 
 
-def replayed(directory: Path, files: Files | None = None) -> list[Entry]:
-    return list(Journal(directory, files or Files()).replay())
+def everything_in(journal: Journal) -> list[tuple[int, Entry]]:
+    """Read all segments, oldest first; the last one first settles where the journal ends."""
+    last = [(journal.current_segment, entry) for entry in journal.replay_last()]
+    older = [(s.number, e) for s in journal.older_segments for e in journal.scan(s.number)]
+    return older + last
 
 
-def records_of(entries: list[Entry]) -> list[Any]:
-    return [entry.record for entry in entries]
+def replayed(directory: Path, files: Files | None = None) -> list[Record]:
+    return [entry.record for _, entry in everything_in(Journal(directory, files or Files()))]
+
+
+def locations_in(journal: Journal) -> list[Location]:
+    """Give the place of every result in the journal."""
+    return [
+        Location(number, offset, len(result))
+        for number, entry in everything_in(journal)
+        for _, offset, result in zip(*payloads(entry.record, entry.end), strict=True)
+    ]
+
+
+def results_of(records: list[Record]) -> list[int]:
+    return [i for record in records if isinstance(record, Finished) for i in record.work_ids]
 
 
 def finished(work_id: int) -> Finished:
-    return Finished(work_id, work_id + 1, False, msgspec.Raw(b'{"line": %d}' % work_id))
+    return Finished([work_id], [work_id + 1], [], [msgspec.Raw(b'{"line": %d}' % work_id)])
 
 
 def three_frames(directory: Path) -> tuple[Path, list[int]]:
@@ -96,7 +117,7 @@ def three_frames(directory: Path) -> tuple[Path, list[int]]:
     journal = start(directory)
     ends = [journal.segment_bytes]
     for work_id in (1, 2):
-        append(journal, Issued(work_id, work_id + 1, "a", False, False), finished(work_id))
+        append(journal, Issued("a", False, False, work_id + 1, [work_id]), finished(work_id))
         ends.append(journal.segment_bytes)
     journal.close()
     (path,) = directory.glob("*.journal")
@@ -109,10 +130,10 @@ def test_every_kind_of_record_comes_back_as_it_was_written(tmp_path: Path) -> No
     append(journal, *EVENTS)
     journal.close()
 
-    records = records_of(replayed(tmp_path))
+    records = replayed(tmp_path)
 
-    assert [encode_record(r) for r in records] == [
-        encode_record(r) for r in [HEADER, CHECKPOINT, *EVENTS]
+    assert [encode_records(r) for r in records] == [
+        encode_records(r) for r in [HEADER, CHECKPOINT, *EVENTS]
     ]
     assert records[0] == HEADER
     assert records[1] == CHECKPOINT
@@ -122,58 +143,53 @@ def test_frames_over_several_segments_come_back_in_order(tmp_path: Path) -> None
     journal = start(tmp_path)
     for work_id in range(12):
         if work_id in (4, 8):
-            journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
-        append(journal, Opened(work_id, 0, 1), finished(work_id))
+            journal.begin_segment(1, FIRST_FRAME)
+        append(journal, Opened(work_id, 0, [1]), finished(work_id))
     assert journal.current_segment == 3
     journal.close()
 
-    entries = replayed(tmp_path)
+    records = replayed(tmp_path)
 
-    opened = [e.record.work_id for e in entries if isinstance(e.record, Opened)]
-    assert opened == list(range(12))
-    assert [e.segment for e in entries if isinstance(e.record, Opened)] == [1] * 4 + [2] * 4 + [
-        3
-    ] * 4
-    assert sum(isinstance(e.record, RunHeader) for e in entries) == 3
+    assert [r.work_id for r in records if isinstance(r, Opened)] == list(range(12))
+    assert results_of(records) == list(range(12))
+    assert sum(isinstance(record, RunHeader) for record in records) == 3
+    places = locations_in(Journal(tmp_path, Files()))
+    assert [place.segment for place in places] == [1] * 4 + [2] * 4 + [3] * 4
 
 
-def test_a_payload_location_gives_the_exact_bytes_of_the_result(tmp_path: Path) -> None:
+def test_the_location_of_a_result_gives_its_exact_bytes(tmp_path: Path) -> None:
     journal = start(tmp_path)
     append(journal, *EVENTS)
-    journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
-    append(journal, Finished(8, 1, True, msgspec.Raw(b"[]")), finished(9))
+    journal.begin_segment(1, FIRST_FRAME)
+    append(journal, Finished([8], [1], [8], [msgspec.Raw(b"[]")]), finished(9))
     journal.close()
 
     journal = Journal(tmp_path, Files())
-    payloads = [
-        journal.read(entry.payload) for entry in list(journal.replay()) if entry.payload is not None
-    ]
+    results = [journal.read(location) for location in locations_in(journal)]
     journal.close()
 
-    assert payloads == [RESULT, b'{"__ERROR__": {}}', b"[]", b'{"line": 9}']
+    assert results == [RESULT, b"[ ]", b'{"__ERROR__": {}}', b"[]", b'{"line": 9}']
 
 
-def test_append_tells_where_each_record_stands(tmp_path: Path) -> None:
+def test_append_tells_where_the_records_begin(tmp_path: Path) -> None:
     journal = start(tmp_path)
-    append(journal, Opened(1, 2, 3))
-    offsets = append(journal, *EVENTS)
+    append(journal, Opened(1, 2, [3]))
+    begin = append(journal, *EVENTS)
+    size = journal.segment_bytes
     journal.close()
     (path,) = tmp_path.glob("*.journal")
 
-    data = path.read_bytes()
-
-    for offset, record in zip(offsets, EVENTS, strict=True):
-        assert data[offset:].startswith(encode_record(record) + b"\n")
+    assert path.read_bytes()[begin:] == encode_records(*EVENTS)
+    assert size == path.stat().st_size
 
 
 def test_a_results_own_bytes_are_kept_however_the_worker_spaced_them(tmp_path: Path) -> None:
-    spaced = b'{ "a" :1.50,\t"b": [ ] , "u": "\\u00e4" }'
+    spaced = [b'{ "a" :1.50,\t"b": [ ] , "u": "\\u00e4" }', b"1", b'"]],["']
     journal = start(tmp_path)
-    append(journal, Finished(1, 1, False, msgspec.Raw(spaced)))
+    append(journal, Finished([1, 3, 2], [1, 2, 3], [], [msgspec.Raw(text) for text in spaced]))
     journal.close()
     journal = Journal(tmp_path, Files())
-    (location,) = [e.payload for e in list(journal.replay()) if e.payload is not None]
-    assert journal.read(location) == spaced
+    assert [journal.read(location) for location in locations_in(journal)] == spaced
     journal.close()
 
 
@@ -181,14 +197,12 @@ def test_a_restarted_journal_goes_on_where_the_last_one_ended(tmp_path: Path) ->
     for start_number in range(4):
         journal = Journal(tmp_path, Files())
         assert journal.is_empty == (start_number == 0)
-        list(journal.replay())
-        journal.begin_segment(start_number + 1, [encode_record(HEADER), encode_record(CHECKPOINT)])
+        list(journal.replay_last())
+        journal.begin_segment(start_number + 1, FIRST_FRAME)
         append(journal, finished(start_number))
         journal.close()
 
-    results = [r.work_id for r in records_of(replayed(tmp_path)) if isinstance(r, Finished)]
-
-    assert results == [0, 1, 2, 3]
+    assert results_of(replayed(tmp_path)) == [0, 1, 2, 3]
 
 
 def test_a_frame_is_synced_before_append_returns(tmp_path: Path) -> None:
@@ -219,11 +233,11 @@ def test_what_a_dead_process_wrote_is_synced_before_the_journal_goes_on(tmp_path
 def test_a_last_frame_torn_at_any_byte_is_cut_off_and_the_rest_comes_back(tmp_path: Path) -> None:
     path, ends = three_frames(tmp_path)
     whole = path.read_bytes()
-    first_frames = records_of(replayed(tmp_path))[:4]
+    first_frames = replayed(tmp_path)[:4]
 
     for length in range(ends[1], ends[2]):
         path.write_bytes(whole[:length])
-        records = records_of(replayed(tmp_path))
+        records = replayed(tmp_path)
 
         assert records == first_frames, length
         assert path.stat().st_size == ends[1], length
@@ -233,14 +247,13 @@ def test_the_journal_goes_on_after_a_torn_frame(tmp_path: Path) -> None:
     path, ends = three_frames(tmp_path)
     path.write_bytes(path.read_bytes()[: ends[2] - 1])
     journal = Journal(tmp_path, Files())
-    list(journal.replay())
+    list(journal.replay_last())
 
-    journal.begin_segment(2, [encode_record(HEADER), encode_record(CHECKPOINT)])
+    journal.begin_segment(2, FIRST_FRAME)
     append(journal, finished(7))
     journal.close()
 
-    results = [r.work_id for r in records_of(replayed(tmp_path)) if isinstance(r, Finished)]
-    assert results == [1, 7]
+    assert results_of(replayed(tmp_path)) == [1, 7]
 
 
 def test_a_torn_frame_is_set_aside_for_whoever_investigates(tmp_path: Path) -> None:
@@ -308,7 +321,7 @@ def test_a_missing_frame_in_the_middle_is_refused(tmp_path: Path) -> None:
 def test_a_torn_end_of_a_segment_that_others_follow_is_refused(tmp_path: Path) -> None:
     journal = start(tmp_path)
     append(journal, finished(1))
-    journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
+    journal.begin_segment(1, FIRST_FRAME)
     append(journal, finished(2))
     journal.close()
     first = min(tmp_path.glob("*.journal"))
@@ -325,7 +338,7 @@ def test_a_segment_of_another_run_with_the_same_numbers_is_refused(tmp_path: Pat
         (tmp_path / name).mkdir()
         journal = start(tmp_path / name)
         append(journal, finished(work_id))
-        journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
+        journal.begin_segment(1, FIRST_FRAME)
         journal.close()
     second = "00000002-000001.journal"
     (tmp_path / "mine" / second).write_bytes((tmp_path / "other" / second).read_bytes())
@@ -334,22 +347,26 @@ def test_a_segment_of_another_run_with_the_same_numbers_is_refused(tmp_path: Pat
         replayed(tmp_path / "mine")
 
 
-def test_a_missing_segment_in_the_middle_is_refused(tmp_path: Path) -> None:
+def test_segments_before_a_missing_one_were_being_deleted_and_do_not_count(
+    tmp_path: Path,
+) -> None:
     journal = start(tmp_path)
-    for _ in range(2):
-        append(journal, finished(1))
-        journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
+    for work_id in range(3):
+        append(journal, finished(work_id))
+        journal.begin_segment(1, FIRST_FRAME)
+    append(journal, finished(3))
     journal.close()
-    _, middle, _ = sorted(tmp_path.glob("*.journal"))
-    middle.unlink()
+    (tmp_path / "00000002-000001.journal").unlink()
 
-    with pytest.raises(CorruptJournalError):
-        replayed(tmp_path)
+    journal = Journal(tmp_path, Files())
+
+    assert results_of([entry.record for _, entry in everything_in(journal)]) == [2, 3]
+    assert [segment.number for segment in journal.older_segments] == [3]
 
 
 def test_a_record_of_a_newer_version_is_refused_and_kept(tmp_path: Path) -> None:
     journal = start(tmp_path)
-    journal.append([b'["gateway",1,2]'])
+    journal.append(b'["gateway",1,2]\n')
     journal.close()
     (path,) = tmp_path.glob("*.journal")
     before = path.read_bytes()
@@ -373,21 +390,195 @@ def test_when_the_first_frame_of_a_segment_is_torn_the_segment_before_goes_on(
 ) -> None:
     journal = start(tmp_path)
     append(journal, finished(1))
-    journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
+    journal.begin_segment(1, FIRST_FRAME)
     journal.close()
     _, second = sorted(tmp_path.glob("*.journal"))
     second.write_bytes(list(torn_starts(second.read_bytes()))[number])
 
     journal = Journal(tmp_path, Files())
-    records = records_of(list(journal.replay()))
-    assert len(records) == 3
+    assert len(list(journal.replay_last())) == 3
+    assert journal.current_segment == 1
     assert not second.exists()
-    journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
+    journal.begin_segment(1, FIRST_FRAME)
     append(journal, finished(2))
     journal.close()
 
-    results = [r.work_id for r in records_of(replayed(tmp_path)) if isinstance(r, Finished)]
-    assert results == [1, 2]
+    assert results_of(replayed(tmp_path)) == [1, 2]
+
+
+# -------------------------------------------------------------------- older segments
+
+
+def two_segments(directory: Path, *, epoch: int = 1) -> tuple[Path, Path]:
+    """Write two frames each into two segments, the second one for this epoch."""
+    journal = start(directory)
+    append(journal, finished(0))
+    append(journal, finished(1))
+    journal.begin_segment(epoch, FIRST_FRAME)
+    append(journal, finished(2))
+    journal.close()
+    first, second = sorted(directory.glob("*.journal"))
+    return first, second
+
+
+def test_a_restart_reads_the_last_segment_only(tmp_path: Path) -> None:
+    first, _ = two_segments(tmp_path)
+    first.write_bytes(b"nothing of a journal")
+    journal = Journal(tmp_path, Files())
+
+    assert results_of([entry.record for entry in journal.replay_last()]) == [2]
+
+    assert [segment.number for segment in journal.older_segments] == [1]
+
+
+def test_a_damaged_older_segment_is_refused_before_the_first_of_its_bytes_is_used(
+    tmp_path: Path,
+) -> None:
+    first, _ = two_segments(tmp_path)
+    places = locations_in(Journal(tmp_path, Files()))
+    whole = first.read_bytes()
+
+    for at in range(len(whole)):  # also where the result itself is whole
+        first.write_bytes(flipped(whole, at))
+        journal = Journal(tmp_path, Files())
+        list(journal.replay_last())
+        with pytest.raises(CorruptJournalError, match=first.name):
+            journal.read(places[0])
+        journal.close()
+
+
+def test_an_older_segment_that_lost_its_last_frame_is_refused(tmp_path: Path) -> None:
+    first, _ = two_segments(tmp_path)
+    places = locations_in(Journal(tmp_path, Files()))
+    whole = first.read_bytes()
+    first.write_bytes(whole[: whole.index(b"@000000000003")])
+    journal = Journal(tmp_path, Files())
+    list(journal.replay_last())
+
+    with pytest.raises(CorruptJournalError, match="its end is missing"):
+        journal.read(places[0])
+
+
+def test_an_older_segment_that_is_missing_is_named(tmp_path: Path) -> None:
+    first, _ = two_segments(tmp_path)
+    places = locations_in(Journal(tmp_path, Files()))
+    journal = Journal(tmp_path, Files())
+    list(journal.replay_last())
+    first.unlink()
+
+    with pytest.raises(CorruptJournalError, match=f"{first.name} is missing"):
+        journal.read(places[0])
+    with pytest.raises(CorruptJournalError, match=first.name):
+        journal.size_of(1)
+
+
+@pytest.mark.parametrize("fault", ["fail_read", "fail_reopen"])
+def test_a_segment_that_cannot_be_read_is_named(tmp_path: Path, fault: str) -> None:
+    first, second = two_segments(tmp_path)
+    before = second.read_bytes()
+    files = BrokenFiles()
+    journal = Journal(tmp_path, files)
+    setattr(files, fault, BROKEN)
+
+    with pytest.raises(CorruptJournalError, match=second.name):
+        list(journal.replay_last())
+    with pytest.raises(CorruptJournalError, match=first.name):
+        list(journal.scan(1))
+
+    assert second.read_bytes() == before
+
+
+def test_the_last_epoch_is_that_of_the_newest_start_that_wrote_a_segment(tmp_path: Path) -> None:
+    directory = tmp_path / JOURNAL_DIR
+    assert last_epoch(tmp_path, Files()) == 0
+    directory.mkdir()
+    assert last_epoch(tmp_path, Files()) == 0
+    two_segments(directory, epoch=7)
+    assert last_epoch(tmp_path, Files()) == 7
+
+
+# -------------------------------------------------------------------- two servers
+
+
+def test_frames_that_a_server_wrote_after_another_one_took_over_do_not_count(
+    tmp_path: Path,
+) -> None:
+    loser = start(tmp_path)
+    append(loser, finished(1))
+    winner = Journal(tmp_path, Files())
+    list(winner.replay_last())
+    winner.begin_segment(2, FIRST_FRAME)
+    append(winner, finished(2))
+    append(loser, finished(3))  # it does not know yet, and acknowledges nothing
+    loser.close()
+    winner.close()
+
+    assert results_of(replayed(tmp_path)) == [1, 2]
+
+
+def test_frames_behind_the_place_where_the_same_server_went_on_are_damage(tmp_path: Path) -> None:
+    first, _ = two_segments(tmp_path, epoch=1)
+    with first.open("ab") as file:
+        file.write(first.read_bytes())
+    with pytest.raises(CorruptJournalError, match="more than was written"):
+        replayed(tmp_path)
+
+
+def test_a_segment_that_the_loser_began_at_the_same_number_does_not_count(tmp_path: Path) -> None:
+    loser = start(tmp_path)
+    append(loser, finished(1))
+    winner = Journal(tmp_path, Files())
+    list(winner.replay_last())
+    winner.begin_segment(2, FIRST_FRAME)
+    append(winner, finished(2))
+    loser.begin_segment(1, FIRST_FRAME)
+    append(loser, finished(3))
+    loser.close()
+    winner.close()
+
+    assert results_of(replayed(tmp_path)) == [1, 2]
+
+
+def test_segments_that_the_loser_began_behind_those_of_the_winner_do_not_count(
+    tmp_path: Path,
+) -> None:
+    loser = start(tmp_path)
+    append(loser, finished(1))
+    winner = Journal(tmp_path, Files())
+    list(winner.replay_last())
+    winner.begin_segment(2, FIRST_FRAME)
+    append(winner, finished(2))
+    for work_id in (3, 4):
+        loser.begin_segment(1, FIRST_FRAME)
+        append(loser, finished(work_id))
+    loser.close()
+    assert len(list(tmp_path.glob("*.journal"))) == 4
+
+    assert results_of(replayed(tmp_path)) == [1, 2]
+    winner.begin_segment(2, FIRST_FRAME)  # at the number of the loser's last one
+    append(winner, finished(5))
+    winner.close()
+
+    assert results_of(replayed(tmp_path)) == [1, 2, 5]
+
+
+def test_after_a_winner_that_died_in_its_first_frame_the_loser_still_does_not_count(
+    tmp_path: Path,
+) -> None:
+    loser = start(tmp_path)
+    append(loser, finished(1))
+    (tmp_path / "00000002-000002.journal").write_bytes(b"@0000000")
+    loser.begin_segment(1, FIRST_FRAME)
+    append(loser, finished(2))
+    loser.close()
+
+    journal = Journal(tmp_path, Files())
+    assert results_of([entry.record for entry in journal.replay_last()]) == [1]
+    journal.begin_segment(3, FIRST_FRAME)
+    append(journal, finished(3))
+    journal.close()
+
+    assert results_of(replayed(tmp_path)) == [1, 3]
 
 
 # -------------------------------------------------------------------- failing disks
@@ -412,8 +603,7 @@ def test_a_failed_write_leaves_the_file_as_it_was_and_the_next_one_succeeds(
     append(journal, finished(3))
     journal.close()
 
-    results = [r.work_id for r in records_of(replayed(tmp_path)) if isinstance(r, Finished)]
-    assert results == [1, 3]
+    assert results_of(replayed(tmp_path)) == [1, 3]
 
 
 def test_after_a_failed_write_the_living_journal_can_be_replayed_and_goes_on(
@@ -427,12 +617,11 @@ def test_after_a_failed_write_the_living_journal_can_be_replayed_and_goes_on(
         append(journal, finished(2))
     files.heal()
 
-    assert len(list(journal.replay())) == 3
+    assert len(list(journal.replay_last())) == 3
     append(journal, finished(3))
     journal.close()
 
-    results = [r.work_id for r in records_of(replayed(tmp_path)) if isinstance(r, Finished)]
-    assert results == [1, 3]
+    assert results_of(replayed(tmp_path)) == [1, 3]
 
 
 def test_a_failed_write_that_cannot_be_undone_is_a_sync_failure(tmp_path: Path) -> None:
@@ -466,17 +655,16 @@ def test_a_segment_that_cannot_be_begun_leaves_the_old_one_current(
     append(journal, finished(1))
     setattr(files, fault, FULL)
     with pytest.raises(StorageFullError):
-        journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
+        journal.begin_segment(1, FIRST_FRAME)
     files.heal()
 
     assert len(list(tmp_path.glob("*.journal"))) == 1
     append(journal, finished(2))
-    journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
+    journal.begin_segment(1, FIRST_FRAME)
     append(journal, finished(3))
     journal.close()
 
-    results = [r.work_id for r in records_of(replayed(tmp_path)) if isinstance(r, Finished)]
-    assert results == [1, 2, 3]
+    assert results_of(replayed(tmp_path)) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("fault", ["fail_sync", "fail_sync_dir"])
@@ -485,7 +673,7 @@ def test_a_segment_whose_first_sync_fails_is_a_sync_failure(tmp_path: Path, faul
     journal = start(tmp_path, files)
     setattr(files, fault, BROKEN)
     with pytest.raises(SyncFailedError):
-        journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
+        journal.begin_segment(1, FIRST_FRAME)
     journal.close()
 
 
@@ -496,7 +684,7 @@ def test_dropped_segments_are_gone_and_the_rest_replays(tmp_path: Path) -> None:
     journal = start(tmp_path)
     append(journal, finished(1))
     for work_id in (2, 3):
-        journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
+        journal.begin_segment(1, FIRST_FRAME)
         append(journal, finished(work_id))
 
     journal.drop_before(2)
@@ -505,19 +693,18 @@ def test_dropped_segments_are_gone_and_the_rest_replays(tmp_path: Path) -> None:
     append(journal, finished(4))
     journal.close()
 
-    results = [r.work_id for r in records_of(replayed(tmp_path)) if isinstance(r, Finished)]
-    assert results == [2, 3, 4]
+    assert results_of(replayed(tmp_path)) == [2, 3, 4]
 
 
 def test_more_segments_than_readers_are_kept_can_be_read(tmp_path: Path) -> None:
     journal = start(tmp_path)
     for work_id in range(40):
-        journal.begin_segment(1, [encode_record(HEADER), encode_record(CHECKPOINT)])
+        journal.begin_segment(1, FIRST_FRAME)
         append(journal, finished(work_id))
     journal.close()
 
     journal = Journal(tmp_path, Files())
-    places = [e.payload for e in list(journal.replay()) if e.payload is not None]
+    places = locations_in(journal)
     assert [journal.read(p) for p in places + places[::-1]] == [
         b'{"line": %d}' % n for n in [*range(40), *reversed(range(40))]
     ]

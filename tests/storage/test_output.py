@@ -1,4 +1,4 @@
-"""The ordered output, and where the results that must wait are found."""
+"""The ordered output: lines in order, cut back to where it is known to be whole."""
 
 from __future__ import annotations
 
@@ -6,40 +6,41 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.core.events import Counters, QueueState
 from dispatcher.errors import StateError, StorageError, SyncFailedError
 from dispatcher.storage.files import Files
-from dispatcher.storage.journal import Checkpoint, Location
-from dispatcher.storage.output import OrderedOutput, WaitingIndex
+from dispatcher.storage.output import OrderedOutput
+from dispatcher.storage.records import OutputPosition
 from tests.storage.broken_files import BROKEN, FULL, BrokenFiles
+
+
+def open_at(output: OrderedOutput, positions: list[OutputPosition]) -> OutputPosition | None:
+    """Open the output and cut it, as a start does."""
+    chosen = output.open(positions)
+    output.cut(chosen)
+    return chosen
 
 
 def output_of(directory: Path, files: Files | None = None) -> OrderedOutput:
     return OrderedOutput(directory / "out.jsonl", files or Files())
 
 
-def checkpoint_of(output: OrderedOutput) -> Checkpoint:
-    state = QueueState(output.written, output.written, 0, 1, Counters(), [])
-    return Checkpoint(state, output.written, output.size_bytes, output.tail_crc)
-
-
-def written_in_two_steps(directory: Path, lines: int = 3) -> tuple[Checkpoint, Checkpoint]:
-    """Write lines, a checkpoint, more lines, a checkpoint, and lines after it."""
+def written_in_two_steps(directory: Path, lines: int = 3) -> tuple[OutputPosition, OutputPosition]:
+    """Write and sync lines twice, and one after that; return where it was synced."""
     output = output_of(directory)
-    output.open([])
-    checkpoints = []
+    open_at(output, [])
+    positions = []
     for step in range(2):
         output.append([b'{"step": %d, "line": %d}' % (step, n) for n in range(lines)])
         output.sync()
-        checkpoints.append(checkpoint_of(output))
+        positions.append(output.position)
     output.append([b'"after"'])
     output.close()
-    return checkpoints[0], checkpoints[1]
+    return positions[0], positions[1]
 
 
 def test_lines_are_appended_in_order_each_with_one_line_feed(tmp_path: Path) -> None:
     output = output_of(tmp_path)
-    output.open([])
+    open_at(output, [])
     output.append([b"{}", b"[1]"])
     output.append(['"ä"'.encode()])
     output.close()
@@ -51,14 +52,14 @@ def test_lines_are_appended_in_order_each_with_one_line_feed(tmp_path: Path) -> 
 def test_a_new_outputs_directory_entry_is_synced(tmp_path: Path) -> None:
     files = BrokenFiles()
     output = output_of(tmp_path, files)
-    output.open([])
+    open_at(output, [])
     output.close()
     assert f"sync_dir {tmp_path.name}" in files.log
 
 
 def test_bytes_count_as_unsynced_until_a_sync(tmp_path: Path) -> None:
     output = output_of(tmp_path)
-    output.open([])
+    open_at(output, [])
     output.append([b"{}"])
     assert output.unsynced_bytes == 3
     output.sync()
@@ -67,15 +68,15 @@ def test_bytes_count_as_unsynced_until_a_sync(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lines", [3, 400])  # less and more than the tail that is checked
-def test_the_output_is_cut_to_its_newest_checkpoint(tmp_path: Path, lines: int) -> None:
+def test_the_output_is_cut_to_its_newest_position(tmp_path: Path, lines: int) -> None:
     older, newer = written_in_two_steps(tmp_path, lines)
     output = output_of(tmp_path)
 
-    output.open([newer, older])
+    assert open_at(output, [newer, older]) == newer
 
-    assert output.path.stat().st_size == newer.output_bytes
-    assert (output.written, output.size_bytes) == (2 * lines, newer.output_bytes)
-    assert output.tail_crc == newer.tail_crc
+    assert output.path.stat().st_size == newer.size_bytes
+    assert output.written == 2 * lines
+    assert output.position == newer
     output.append([b'"next"'])
     output.close()
     assert output.path.read_bytes().splitlines()[-2:] == [
@@ -84,19 +85,19 @@ def test_the_output_is_cut_to_its_newest_checkpoint(tmp_path: Path, lines: int) 
     ]
 
 
-def test_an_output_shorter_than_the_newest_checkpoint_goes_on_from_the_one_before(
+def test_an_output_shorter_than_the_newest_position_goes_on_from_the_one_before(
     tmp_path: Path,
 ) -> None:
     older, newer = written_in_two_steps(tmp_path)
     output = output_of(tmp_path)
     whole = output.path.read_bytes()
-    output.path.write_bytes(whole[: newer.output_bytes - 1])
+    output.path.write_bytes(whole[: newer.size_bytes - 1])
 
-    output.open([newer, older])
+    assert open_at(output, [newer, older]) == older
 
     assert output.written == 3
     output.close()
-    assert output.path.read_bytes() == whole[: older.output_bytes]
+    assert output.path.read_bytes() == whole[: older.size_bytes]
 
 
 def test_an_output_whose_newest_part_is_not_ours_goes_on_from_the_one_before(
@@ -105,22 +106,22 @@ def test_an_output_whose_newest_part_is_not_ours_goes_on_from_the_one_before(
     older, newer = written_in_two_steps(tmp_path)
     output = output_of(tmp_path)
     whole = output.path.read_bytes()
-    output.path.write_bytes(whole[: older.output_bytes] + bytes(200))
-    output.open([newer, older])
+    output.path.write_bytes(whole[: older.size_bytes] + bytes(200))
+    open_at(output, [newer, older])
     output.close()
-    assert output.path.read_bytes() == whole[: older.output_bytes]
+    assert output.path.read_bytes() == whole[: older.size_bytes]
 
 
-def test_an_output_shorter_than_both_checkpoints_is_refused_and_not_touched(
+def test_an_output_shorter_than_both_positions_is_refused_and_not_touched(
     tmp_path: Path,
 ) -> None:
     older, newer = written_in_two_steps(tmp_path)
     output = output_of(tmp_path)
-    kept = output.path.read_bytes()[: older.output_bytes - 1]
+    kept = output.path.read_bytes()[: older.size_bytes - 1]
     output.path.write_bytes(kept)
 
     with pytest.raises(StateError, match=r"out\.jsonl"):
-        output.open([newer, older])
+        open_at(output, [newer, older])
 
     output.close()
     assert output.path.read_bytes() == kept
@@ -131,20 +132,20 @@ def test_somebody_elses_output_is_refused_and_not_touched(tmp_path: Path) -> Non
     output = output_of(tmp_path)
     output.path.write_bytes(b"x" * 10_000)
     with pytest.raises(StateError):
-        output.open([newer, older])
+        open_at(output, [newer, older])
     output.close()
     assert output.path.read_bytes() == b"x" * 10_000
 
 
-def test_without_checkpoints_only_an_empty_output_is_taken(tmp_path: Path) -> None:
+def test_without_positions_only_an_empty_output_is_taken(tmp_path: Path) -> None:
     output = output_of(tmp_path)
     output.path.write_bytes(b"")
-    output.open([])
+    assert open_at(output, []) is None
     output.close()
 
     output.path.write_bytes(b"precious")
     with pytest.raises(StateError):
-        output.open([])
+        open_at(output, [])
     output.close()
     assert output.path.read_bytes() == b"precious"
 
@@ -152,13 +153,13 @@ def test_without_checkpoints_only_an_empty_output_is_taken(tmp_path: Path) -> No
 def test_a_failed_append_counts_nothing_and_is_made_good_by_the_next(tmp_path: Path) -> None:
     files = BrokenFiles()
     output = output_of(tmp_path, files)
-    output.open([])
+    open_at(output, [])
     output.append([b'"one"'])
-    before = checkpoint_of(output)
+    before = output.position
     files.fail_write = FULL
     with pytest.raises(OSError, match="No space"):
         output.append([b'"a long line that does not fit"', b'"two"'])
-    assert checkpoint_of(output) == before
+    assert output.position == before
 
     files.heal()
     output.append([b'"a long line that does not fit"'])
@@ -171,7 +172,7 @@ def test_a_failed_append_counts_nothing_and_is_made_good_by_the_next(tmp_path: P
 def test_a_failed_sync_of_the_output_is_told(tmp_path: Path) -> None:
     files = BrokenFiles()
     output = output_of(tmp_path, files)
-    output.open([])
+    open_at(output, [])
     output.append([b"{}"])
     files.fail_sync = BROKEN
     with pytest.raises(SyncFailedError, match=r"out\.jsonl"):
@@ -183,55 +184,68 @@ def test_a_failed_sync_of_the_output_is_told(tmp_path: Path) -> None:
 def test_an_output_in_a_directory_that_is_not_there_is_refused(tmp_path: Path) -> None:
     output = OrderedOutput(tmp_path / "missing" / "out.jsonl", Files())
     with pytest.raises(StorageError, match="missing"):
-        output.open([])
+        open_at(output, [])
 
 
-# -------------------------------------------------------------------- the index
+@pytest.mark.parametrize("fault", ["fail_open", "fail_read", "fail_truncate"])
+def test_an_output_that_cannot_be_opened_is_one_sentence_and_not_touched(
+    tmp_path: Path, fault: str
+) -> None:
+    older, newer = written_in_two_steps(tmp_path)
+    files = BrokenFiles()
+    output = output_of(tmp_path, files)
+    before = output.path.read_bytes()
+    setattr(files, fault, BROKEN)
+
+    with pytest.raises(StorageError, match=r"cannot write the output .*out\.jsonl"):
+        open_at(output, [newer, older])
+
+    output.close()
+    assert output.path.read_bytes() == before
 
 
-def test_a_waiting_result_is_found_and_others_are_not() -> None:
-    index = WaitingIndex(10)
-    index.set(12, Location(3, 77, 5))
-    index.set(9, Location(3, 88, 5))  # before the base: written long ago
-
-    assert index.get(12) == Location(3, 77, 5)
-    assert [index.get(i) for i in (-1, 0, 9, 10, 11, 13, 10**9)] == [None] * 7
+# -------------------------------------------------------------------- is it still there?
 
 
-def test_a_later_result_for_the_same_item_replaces_the_place() -> None:
-    index = WaitingIndex()
-    index.set(1, Location(1, 50, 5))
-    index.set(1, Location(2, 60, 7))
-    assert index.get(1) == Location(2, 60, 7)
+def opened(directory: Path) -> OrderedOutput:
+    output = output_of(directory)
+    open_at(output, [])
+    output.append([b'"one"'])
+    return output
 
 
-def test_large_segment_numbers_offsets_and_lengths_are_kept_exactly() -> None:
-    index = WaitingIndex()
-    location = Location(9_999_999, (1 << 40) - 1, (1 << 32) - 1)
-    index.set(0, location)
-    assert index.get(0) == location
+def test_an_output_that_was_moved_away_is_missed_until_it_is_back(tmp_path: Path) -> None:
+    output = opened(tmp_path)
+    assert output.is_in_place
+    aside = output.path.rename(tmp_path / "aside.jsonl")
+    assert not output.is_in_place
+
+    aside.rename(output.path)
+
+    assert output.is_in_place
+    output.append([b'"two"'])
+    output.close()
+    assert output.path.read_bytes() == b'"one"\n"two"\n'
 
 
-def test_what_is_written_is_forgotten_and_the_rest_stays_found() -> None:
-    index = WaitingIndex()
-    lines = 70_000
-    for work_id in range(lines):
-        index.set(work_id, Location(1, work_id + 1, 2))
-    index.forget_before(lines - 5)
+def test_an_output_whose_directory_was_moved_away_is_missed_until_it_is_back(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "results").mkdir()
+    output = opened(tmp_path / "results")
+    aside = (tmp_path / "results").rename(tmp_path / "aside")
+    assert not output.is_in_place
 
-    assert index.get(lines - 6) is None
-    assert [index.get(i) for i in range(lines - 5, lines)] == [
-        Location(1, i + 1, 2) for i in range(lines - 5, lines)
-    ]
-    index.set(lines + 3, Location(2, 9, 9))
-    assert index.get(lines + 3) == Location(2, 9, 9)
-    assert index.get(lines) is None
+    aside.rename(tmp_path / "results")
+
+    assert output.is_in_place
+    output.close()
 
 
-def test_forgetting_far_beyond_what_is_known_leaves_a_working_index() -> None:
-    index = WaitingIndex()
-    index.set(3, Location(1, 1, 1))
-    index.forget_before(200_000)
-    index.set(200_001, Location(1, 2, 3))
-    assert index.get(200_001) == Location(1, 2, 3)
-    assert index.get(200_000) is None
+def test_another_file_under_the_outputs_name_is_not_taken_for_it(tmp_path: Path) -> None:
+    output = opened(tmp_path)
+    content = output.path.read_bytes()
+    output.path.rename(tmp_path / "aside.jsonl")
+    output.path.write_bytes(content)
+    assert not output.is_in_place
+    output.close()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dispatcher.errors import StateError, UsageError
+from dispatcher.storage import source as source_module
 from dispatcher.storage.source import InputLine, LineSource, open_source
 
 LIMIT = 1000
@@ -32,9 +34,11 @@ def read_all(source: LineSource, max_lines: int = 3, max_bytes: int = 1 << 20) -
     return lines
 
 
-def texts(directory: Path, content: bytes, limit: int = LIMIT) -> list[tuple[str, str | None]]:
+def texts(
+    directory: Path, content: bytes, limit: int = LIMIT, max_lines: int = 3
+) -> list[tuple[str, str | None]]:
     source = source_of(directory, content, limit)
-    lines = read_all(source)
+    lines = read_all(source, max_lines)
     source.close()
     return [(line.text, line.defect) for line in lines]
 
@@ -136,7 +140,8 @@ def test_a_scan_gives_at_least_one_line_and_stops_at_its_limits(tmp_path: Path) 
     source = source_of(tmp_path, b"aaaa\nbbbb\ncccc\ndddd\n")
     assert [x.text for x in source.scan(0, 2, 100)] == ["aaaa", "bbbb"]
     assert [x.text for x in source.scan(5, 10, 1)] == ["bbbb"]
-    assert [x.text for x in source.scan(5, 10, 6)] == ["bbbb", "cccc"]
+    assert [x.text for x in source.scan(5, 10, 10)] == ["bbbb", "cccc"]
+    assert all(line.offset < 16 for line in source.scan(5, 10, 11))
     assert source.scan(20, 10, 100) == []
     source.close()
 
@@ -149,24 +154,28 @@ def test_any_line_can_be_fetched_again_in_any_order(tmp_path: Path) -> None:
     source.close()
 
 
+BLANKS = [b" ", b"\x0b", b"\x1c", "\u2003".encode()]
+PIECES = [b"\n", b"\n", b"\r\n", b"a", b"{}", *BLANKS, b"\xff", b"\xef\xbb\xbf", b"x" * 9]
+
+
 @settings(
     max_examples=200,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
-    content=st.lists(
-        st.sampled_from([b"\n", b"\r\n", b"a", b"{}", b" ", b"\xff", b"\xef\xbb\xbf", b"x" * 9])
-    ).map(b"".join),
+    content=st.lists(st.sampled_from(PIECES)).map(b"".join),
     limit=st.integers(1, 12),
     max_lines=st.integers(1, 4),
     max_bytes=st.integers(1, 20),
+    at_once=st.integers(1, 20),
 )
 def test_the_lines_cover_the_input_however_it_is_scanned(
-    tmp_path: Path, content: bytes, limit: int, max_lines: int, max_bytes: int
+    tmp_path: Path, content: bytes, limit: int, max_lines: int, max_bytes: int, at_once: int
 ) -> None:
     source = source_of(tmp_path, content, limit)
-    lines = read_all(source, max_lines, max_bytes)
+    with patch.object(source_module, "_PLAIN_BYTES", at_once):
+        lines = read_all(source, max_lines, max_bytes)
     expected = content.split(b"\n")
     if expected[-1] == b"":
         expected.pop()
@@ -179,11 +188,28 @@ def test_the_lines_cover_the_input_however_it_is_scanned(
         assert content[line.offset : offset].removesuffix(b"\n") == raw
         assert (line.defect == "line_too_long") == (len(raw) > limit)
         if line.defect is None:
-            shown = raw.removeprefix(b"\xef\xbb\xbf") if line.offset == 0 else raw
-            assert line.text.encode() == shown
+            assert line.text.encode() == shown_of(raw, line.offset)
+            assert line.text.encode().strip()
             assert source.fetch(line.offset) == line
+        elif line.defect == "blank_line":
+            assert not shown_of(raw, line.offset).strip()
         assert source.fetch(line.offset).next_offset == line.next_offset
     source.close()
+
+
+def shown_of(raw: bytes, offset: int) -> bytes:
+    return raw if offset else raw.removeprefix(b"\xef\xbb\xbf")
+
+
+def test_a_long_input_of_plain_lines_with_odd_ones_between_is_read_whole(tmp_path: Path) -> None:
+    plain = [f'{{"n": {number}, "text": "{"x" * (number % 700)}"}}' for number in range(3000)]
+    odd = {700: b"", 701: b"\xff", 1500: b"y" * 2000, 2999: b" "}
+    raw = [odd.get(number, text.encode()) for number, text in enumerate(plain)]
+
+    read = texts(tmp_path, b"\n".join(raw) + b"\n", max_lines=1024)
+
+    assert [number for number, (_, defect) in enumerate(read) if defect] == sorted(odd)
+    assert all(read[n] == (text, None) for n, text in enumerate(plain) if n not in odd)
 
 
 # -------------------------------------------------------------------- files that change

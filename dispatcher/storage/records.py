@@ -1,0 +1,102 @@
+"""What the journal's lines hold, as values: the events of the queue, and four of storage's own.
+
+Records are msgspec structs encoded as tagged JSON arrays. A result stands last in its record, as
+the worker's own bytes, so that it can be copied from the journal to the output without a decoder.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from dispatcher.core.events import (
+    Absolved,
+    Finished,
+    Issued,
+    Joined,
+    LeaseEnded,
+    Left,
+    Opened,
+    QueueState,
+    Tombstoned,
+    Watched,
+)
+
+
+class RunHeader(msgspec.Struct, frozen=True, array_like=True, tag="run"):
+    """Which run this journal belongs to, and which server start wrote the segment."""
+
+    run_id: str
+    epoch: int
+    fingerprint: dict[str, Any]
+    settings: dict[str, Any]
+
+
+class OutputPosition(msgspec.Struct, frozen=True, array_like=True, tag="output"):
+    """How far the output was on disk: its first `lines` lines fill it up to `size_bytes`.
+
+    `tail_crc` is the checksum of the last bytes before that.
+    """
+
+    lines: int
+    size_bytes: int
+    tail_crc: int
+
+
+class Checkpoint(msgspec.Struct, frozen=True, array_like=True, tag="checkpoint"):
+    """The queue's state where a segment begins, and the last positions of the output."""
+
+    queue: QueueState
+    positions: list[OutputPosition]
+
+
+Record = (
+    RunHeader
+    | Checkpoint
+    | OutputPosition
+    | Opened
+    | Issued
+    | Watched
+    | Finished
+    | Tombstoned
+    | LeaseEnded
+    | Absolved
+    | Joined
+    | Left
+)
+_encoder = msgspec.json.Encoder()
+encode_into = _encoder.encode_into
+decode_record = msgspec.json.Decoder(Record).decode
+
+
+def encode_records(*records: Record) -> bytes:
+    """Return records as the body of a frame: a line each."""
+    return _encoder.encode_lines(records)
+
+
+class Location(msgspec.Struct, frozen=True, gc=False):
+    """Where bytes stand in the journal."""
+
+    segment: int
+    offset: int
+    length: int
+
+
+def payloads(record: Record, end: int) -> tuple[list[int], list[int], list[bytes]]:
+    """Return the results in a record that ends at byte `end`: whose, where they begin, and they.
+
+    They stand last in it, one behind the other with a comma between, before its closing brackets.
+    """
+    if type(record) is Finished:
+        results = [bytes(result) for result in record.results]
+        offsets: list[int] = []
+        place = end - len("]]") - sum(map(len, results)) - (len(results) - 1)
+        for result in results:
+            offsets.append(place)
+            place += len(result) + 1
+        return record.work_ids, offsets, results
+    if type(record) is Tombstoned:
+        result = bytes(record.result)
+        return [record.work_id], [end - len("]") - len(result)], [result]
+    return [], [], []
