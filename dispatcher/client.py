@@ -3,22 +3,27 @@
 `Wire` turns calls into HTTP messages and replies into typed objects, without I/O; `WorkClient`
 sends them with the standard library and blocks, `AsyncWorkClient` sends them with aiohttp.
 A server that cannot be reached is an answer (SERVER_UNAVAILABLE), not an exception.
+
+An address is HOST:PORT, a URL, or @PATH of the server's server.json (or of the state directory
+that holds it), which also has the token and is read again when the server moved.
 """
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 
 import msgspec
 
-from dispatcher.errors import BadRequestError, UsageError
+from dispatcher.errors import AccessDeniedError, BadRequestError, UsageError
 from dispatcher.models import (
     BatchResultResponse,
     BatchResultSubmission,
@@ -31,6 +36,7 @@ from dispatcher.models import (
     WorkItem,
     WorkStatus,
 )
+from dispatcher.server_file import check_token, read_server_file, token_given
 
 if TYPE_CHECKING:
     import aiohttp
@@ -38,6 +44,12 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 DEFAULT_TIMEOUT_S = 60.0
+_MAYBE_ELSEWHERE = (401, 404)
+_LATER = (408, 425, 429)
+_WHICH_TOKEN = (
+    " (is the token that of another run? give --dispatcher @STATE/server.json, or the token with "
+    "--token-file or in DISPATCHER_TOKEN)"
+)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -46,7 +58,8 @@ class Call(Generic[R]):
     """One HTTP call: what to send, and what its reply is decoded to.
 
     `unavailable` is the reply when the server cannot be reached or cannot answer now;
-    `when_missing` the one when it does not know the call (404).
+    `when_missing` the one when it does not know the call (404); `when_over` the one when it is
+    gone and its server.json says that the run is complete.
     """
 
     method: str
@@ -56,6 +69,7 @@ class Call(Generic[R]):
     unavailable: R
     when_missing: R
     timeout_s: float
+    when_over: R | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +90,9 @@ class Address:
         except ValueError:
             parts, port = urlsplit(""), None
         if parts.scheme != "http" or not parts.hostname or port is None:
-            raise UsageError(f"{address!r} is not the address of a server; give HOST:PORT")
+            raise UsageError(
+                f"{address!r} is not the address of a server; give HOST:PORT or @STATE/server.json"
+            )
         return cls(parts.hostname, port, parts.path.rstrip("/"))
 
     @property
@@ -84,6 +100,74 @@ class Address:
         """The server's base URL."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}{self.prefix}"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A server, and the token to show it. `is_over`: its run is complete, as it left written."""
+
+    address: Address
+    token: str | None
+    is_over: bool = False
+
+    def headers(self, call: Call[Any]) -> dict[str, str]:
+        """Return the headers to send with a call."""
+        headers = {"Content-Type": "application/json"} if call.body is not None else {}
+        if self.token is not None:
+            headers["Authorization"] = f"Bearer {self.token}"
+        return headers
+
+    def is_like(self, other: Place | None) -> bool:
+        """Say whether a call to the one would be the same as to the other."""
+        return other is not None and (self.address, self.token) == (other.address, other.token)
+
+
+class Location:
+    """Where `address` leads to now. `token` comes before the one that server.json holds."""
+
+    def __init__(self, address: str, token: str | None) -> None:
+        if token is not None:
+            check_token(token, "the token")
+        self._token = token
+        self._path: Path | None = None
+        self.place: Place | None = None
+        if address.startswith("@"):
+            if not address[1:]:
+                raise UsageError("'@' names no file; give @STATE/server.json")
+            self._path = Path(address[1:])
+        else:
+            self.place = Place(Address.parse(address), token or token_given(None))
+
+    @property
+    def can_change(self) -> bool:
+        """Whether there is a file that may say another place later."""
+        return self._path is not None
+
+    def look(self) -> None:
+        """Read server.json; what it cannot tell stays as it was. Raises UsageError."""
+        if self._path is None:
+            return
+        try:
+            found = read_server_file(self._path)
+        except OSError:
+            return  # there is no server yet, or the file system is away, as a server may be
+        address = Address.parse(found.url)
+        self.place = Place(address, self._token or found.token, found.state == "complete")
+
+    def is_elsewhere(self, reply: tuple[int, bytes] | None) -> bool:
+        """Say whether this reply, or none, may come from the server having moved."""
+        return self.can_change and (reply is None or reply[0] in _MAYBE_ELSEWHERE)
+
+    def outcome(self, call: Call[R], reply: tuple[int, bytes] | None) -> R:
+        """Turn a reply, or none, into the call's result."""
+        if reply is not None:
+            return decode_reply(call, *reply)
+        return call.when_over if self.is_over and call.when_over is not None else call.unavailable
+
+    @property
+    def is_over(self) -> bool:
+        """Whether server.json said, when it was last read, that the run is complete."""
+        return self.place is not None and self.place.is_over
 
 
 class Wire:
@@ -109,6 +193,7 @@ class Wire:
             BatchWorkResponse(WorkStatus.SERVER_UNAVAILABLE),
             BatchWorkResponse(WorkStatus.ALL_WORK_COMPLETE),
             self._timeout_s + wait_s,
+            BatchWorkResponse(WorkStatus.ALL_WORK_COMPLETE),
         )
 
     def submit_results(
@@ -159,13 +244,19 @@ class Wire:
 
 
 def decode_reply(call: Call[R], status: int, body: bytes) -> R:
-    """Turn a reply into its object. Raises BadRequestError when the server refused the call."""
+    """Turn a reply into its object.
+
+    Raises AccessDeniedError or BadRequestError when the server refused the call.
+    """
     if status == 404:
         return call.when_missing
-    if status >= 500:
+    if status >= 500 or status in _LATER:
         return call.unavailable
+    what = f"{call.method} {call.path}"
+    if status in (401, 403):
+        raise AccessDeniedError(f"the server refused {what}: {_sentence(body)}{_WHICH_TOKEN}")
     if status >= 400:
-        raise BadRequestError(f"the server refused {call.method} {call.path}: {_sentence(body)}")
+        raise BadRequestError(f"the server refused {what}: {_sentence(body)}")
     try:
         return msgspec.json.decode(body, type=call.reply)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -189,16 +280,22 @@ def _encode_lone_surrogates_too(body: BatchResultSubmission | ReleaseWorkRequest
 
 
 class WorkClient:
-    """Synchronous client; safe to share between threads (calls wait for each other)."""
+    """Synchronous client; safe to share between threads (calls wait for each other).
+
+    `token` is needed unless the address is @PATH or DISPATCHER_TOKEN holds it. Calls raise
+    AccessDeniedError when the server wants another one, and UsageError when PATH cannot be
+    trusted.
+    """
 
     def __init__(
         self,
         address: str,
         worker: str | None = None,
         *,
+        token: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        self._address = Address.parse(address)
+        self._location = Location(address, token)
         self._worker = worker
         self._wire = Wire(timeout_s)
         self._connection: http.client.HTTPConnection | None = None
@@ -244,25 +341,43 @@ class WorkClient:
 
     def _send(self, call: Call[R]) -> R:
         with self._lock:
-            # A kept connection may have been closed by the server meanwhile: try a fresh one.
-            for is_fresh in (self._connection is None, True):
-                try:
-                    return decode_reply(call, *self._exchange(call))
-                except (OSError, http.client.HTTPException):
+            if self._location.place is None:
+                self._location.look()
+            asked = self._location.place
+            reply = self._ask(call, asked)
+            if self._location.is_elsewhere(reply):
+                self._location.look()
+                now = self._location.place
+                if now is not None and not now.is_like(asked):
                     self._drop_connection()
-                    if is_fresh:
-                        break
-            return call.unavailable
+                    reply = self._ask(call, now)
+            return self._location.outcome(call, reply)
 
-    def _exchange(self, call: Call[Any]) -> tuple[int, bytes]:
+    def _ask(self, call: Call[Any], place: Place | None) -> tuple[int, bytes] | None:
+        """Return status and body of the reply, or None when there is none to be had."""
+        if place is None:
+            return None
+        # A kept connection may have been closed by the server meanwhile: try a fresh one.
+        for is_fresh in (self._connection is None, True):
+            try:
+                return self._exchange(call, place)
+            except (OSError, http.client.HTTPException, ValueError, OverflowError):
+                # The last two: a length in the reply that is no length.
+                self._drop_connection()
+                if is_fresh:
+                    break
+        return None
+
+    def _exchange(self, call: Call[Any], place: Place) -> tuple[int, bytes]:
+        address = place.address
         if self._connection is None:
-            self._connection = http.client.HTTPConnection(self._address.host, self._address.port)
+            self._connection = http.client.HTTPConnection(address.host, address.port)
         connection = self._connection
         connection.timeout = call.timeout_s
         if connection.sock is not None:
             connection.sock.settimeout(call.timeout_s)
-        headers = {"Content-Type": "application/json"} if call.body is not None else {}
-        connection.request(call.method, self._address.prefix + call.path, call.body, headers)
+        path = address.prefix + call.path
+        connection.request(call.method, path, call.body, place.headers(call))
         reply = connection.getresponse()
         return reply.status, reply.read()
 
@@ -273,16 +388,20 @@ class WorkClient:
 
 
 class AsyncWorkClient:
-    """Asynchronous client on aiohttp; proxy variables never apply to the dispatcher."""
+    """Asynchronous client on aiohttp; proxy variables never apply to the dispatcher.
+
+    `token`, and what calls raise, is as for WorkClient.
+    """
 
     def __init__(
         self,
         address: str,
         worker: str | None = None,
         *,
+        token: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        self._address = Address.parse(address)
+        self._location = Location(address, token)
         self._worker = worker
         self._wire = Wire(timeout_s)
         self._session: aiohttp.ClientSession | None = None
@@ -309,6 +428,11 @@ class AsyncWorkClient:
         """Return the run's state; empty when the server cannot be reached."""
         return await self._send(self._wire.status())
 
+    @property
+    def left_complete(self) -> bool:
+        """Whether the server, when it left, wrote into server.json that its run is complete."""
+        return self._location.is_over
+
     async def close(self) -> None:
         """Close the connections."""
         if self._session is not None:
@@ -316,21 +440,35 @@ class AsyncWorkClient:
             self._session = None
 
     async def _send(self, call: Call[R]) -> R:
+        # The file may be on a slow shared file system: it is read in a thread.
+        if self._location.place is None:
+            await asyncio.to_thread(self._location.look)
+        asked = self._location.place
+        reply = await self._ask(call, asked)
+        if self._location.is_elsewhere(reply):
+            await asyncio.to_thread(self._location.look)
+            now = self._location.place
+            if now is not None and not now.is_like(asked):
+                reply = await self._ask(call, now)
+        return self._location.outcome(call, reply)
+
+    async def _ask(self, call: Call[Any], place: Place | None) -> tuple[int, bytes] | None:
+        """Return status and body of the reply, or None when there is none to be had."""
         import aiohttp
 
+        if place is None:
+            return None
         if self._session is None:
             self._session = aiohttp.ClientSession(trust_env=False)
-        headers = {"Content-Type": "application/json"} if call.body is not None else None
         try:
             async with self._session.request(
                 call.method,
-                self._address.url + call.path,
+                place.address.url + call.path,
                 data=call.body,
-                headers=headers,
+                headers=place.headers(call),
                 timeout=aiohttp.ClientTimeout(total=call.timeout_s, connect=10.0),
                 allow_redirects=False,
             ) as reply:
-                status, body = reply.status, await reply.read()
+                return reply.status, await reply.read()
         except (TimeoutError, aiohttp.ClientError, OSError):
-            return call.unavailable
-        return decode_reply(call, status, body)
+            return None

@@ -7,6 +7,8 @@ under the same names, and flags win over it. Unknown keys are refused by name.
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +64,9 @@ class Parser(argparse.ArgumentParser):
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
     """Parse the flags over the YAML file that `--config` names, if any."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name need not be printable
+            stream.reconfigure(errors="backslashreplace")
     probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     probe.add_argument("--config", type=Path)
     known, _ = probe.parse_known_args(argv)
@@ -96,6 +101,8 @@ def _apply_config_file(parser: Parser, path: Path) -> None:
 
 def _set_default(parser: Parser, action: argparse.Action, key: str, value: Any, path: Path) -> None:
     is_switch = action.nargs == 0
+    if value is False and action.choices is not None and "off" in action.choices:
+        value = "off"  # YAML takes the word for false
     if is_switch != isinstance(value, bool):
         kind = "true or false" if is_switch else "a value"
         raise UsageError(f"--config {path}: {key} needs {kind}, not {value!r}")
@@ -184,6 +191,20 @@ def add_run_limits(parser: Parser) -> None:
         metavar="BYTES",
         help="longer input lines become __ERROR__ lines",
     )
+    group.add_argument(
+        "--window",
+        type=number(int, 0),
+        default=0,
+        metavar="N",
+        help="at most so many lines between the first unfinished one and the last handed out; "
+        "0: no limit",
+    )
+    group.add_argument(
+        "--backup-tasks",
+        choices=("auto", "off"),
+        default="auto",
+        help="near the end, hand out items that run far longer than others a second time",
+    )
 
 
 def policy_of(args: argparse.Namespace) -> QueuePolicy:
@@ -192,6 +213,8 @@ def policy_of(args: argparse.Namespace) -> QueuePolicy:
         max_retries=args.max_retries,
         work_timeout_s=args.work_timeout,
         lease_term_s=args.lease_term,
+        window=args.window,
+        backups=args.backup_tasks == "auto",
     )
 
 

@@ -10,6 +10,7 @@ DispatcherError                 exit code 1
 │   ├── StorageFullError        nothing was changed; the same call may succeed later (507)
 │   └── SyncFailedError         a sync failed: what is on disk is unknown, the process must end
 ├── BadRequestError             a client sent something the protocol does not allow (400)
+├── AccessDeniedError           a server wants another token than it was shown (401, 403)
 ├── BackendError                a model server cannot be started or used
 ├── ServerLostError             exit code 5: the dispatcher server stayed away too long
 └── TaskError                   raised by tasks, caught where a task is run
@@ -77,6 +78,10 @@ class SyncFailedError(StorageError):
 
 class BadRequestError(DispatcherError):
     """A client sent something the protocol does not allow."""
+
+
+class AccessDeniedError(DispatcherError):
+    """A server was shown no token, or not the one that it wants."""
 
 
 class BackendError(DispatcherError):

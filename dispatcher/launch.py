@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import signal
 import sys
 import time
@@ -29,6 +30,8 @@ from dispatcher.config import (
 )
 from dispatcher.errors import BackendError, DispatcherError, ExitCode, UsageError
 from dispatcher.progress import Display, clock, make_display
+from dispatcher.server_file import TOKEN_VARIABLE, server_file_in
+from dispatcher.storage.files import Files
 from dispatcher.storage.run_state import load_run_file
 from dispatcher.taskmanager.backend.process import ServerProcess
 from dispatcher.taskmanager.cli import add_backend_options, add_task_options, check_backend
@@ -83,6 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(build_parser(), argv)
         _check(args)
+        # This run has a token of its own, which its processes find in server.json; another's is
+        # none of their business, let alone of the model servers that they start.
+        os.environ.pop(TOKEN_VARIABLE, None)
         return uvloop.run(LocalRun(args).run())
     except DispatcherError as error:
         print(f"dispatcher run: {error}", file=sys.stderr)
@@ -143,7 +149,9 @@ class LocalRun:
         self._args = args
         self._state_dir = (args.state or default_state_dir(args.output)).absolute()
         self._log_dir = args.log_dir or self._state_dir / "logs"
-        self._server = Child("the server", self._server_argv(port=0), self._log("server"))
+        # Where the server is and what token it wants: read again when it was started again.
+        self._address = f"@{server_file_in(self._state_dir)}"
+        self._server = Child("the server", self._server_argv(), self._log("server"))
         self._workers: list[Child] = []
         self._client: AsyncWorkClient | None = None
         self._status: dict[str, Any] = {}
@@ -166,15 +174,14 @@ class LocalRun:
         return self._summary(time.monotonic() - start)
 
     async def _work(self) -> None:
-        url = await self._start_server()
-        if url is not None:
-            await self._start_workers(url)
+        if await self._start_server():
+            await self._start_workers()
             await self._watch()
 
     # ---------------------------------------------------------------- the three verbs
 
-    async def _start_server(self) -> str | None:
-        """Start the server; return its URL, or None when the run is complete already."""
+    async def _start_server(self) -> bool:
+        """Start the server; return whether there is work, which there is not after the end."""
         await self._server.start()
         try:
             ready = await self._server.process.wait_for_line(_READY, _SERVER_READY_S)
@@ -183,18 +190,13 @@ class LocalRun:
             failure = DispatcherError(self._server.last_words())
             failure.exit_code = ExitCode(code) if code in (1, 2) else ExitCode.ERROR
             raise failure from error
-        if ready[2]:
-            return None
-        port = int(ready[1].rpartition(":")[2])
-        # Should it have to be started again, its workers look for it at the same place.
-        self._server.argv = self._server_argv(port)
-        return ready[1]
+        return ready[1] is not None
 
-    async def _start_workers(self, url: str) -> None:
-        self._client = AsyncWorkClient(url, timeout_s=_STATUS_TIMEOUT_S)
+    async def _start_workers(self) -> None:
+        self._client = AsyncWorkClient(self._address, timeout_s=_STATUS_TIMEOUT_S)
         for number_ in range(self._args.task_managers):
             name = f"task-manager-{number_}"
-            argv = self._worker_argv(url, self._log_dir / name)
+            argv = self._worker_argv(self._log_dir / name)
             self._workers.append(Child(name, argv, self._log(name)))
         for worker in self._workers:
             await worker.start()
@@ -258,7 +260,7 @@ class LocalRun:
         await self._server.process.stop(_SERVER_STOP_S)
 
     def _summary(self, seconds: float) -> int:
-        run_file = load_run_file(self._state_dir) or {}
+        run_file = load_run_file(self._state_dir, Files()) or {}
         if run_file.get("state") != "complete":
             done = self._status.get("done", 0)
             self._display.note(
@@ -282,7 +284,7 @@ class LocalRun:
     def _log(self, name: str) -> Path:
         return Path(self._log_dir) / f"{name}.log"
 
-    def _server_argv(self, port: int) -> list[str]:
+    def _server_argv(self) -> list[str]:
         limits = Parser(add_help=False)
         add_run_limits(limits)
         files = [f"--infile={self._args.input}", f"--outfile={self._args.output}"]
@@ -290,14 +292,14 @@ class LocalRun:
         return [
             *command,
             f"--state={self._state_dir}",
-            f"--port={port}",
+            "--port=0",
             *argv_of(limits, self._args),
         ]
 
-    def _worker_argv(self, url: str, log_dir: Path) -> list[str]:
+    def _worker_argv(self, log_dir: Path) -> list[str]:
         forwarded = Parser(add_help=False)
         add_task_options(forwarded)
         add_backend_options(forwarded)
         options = argparse.Namespace(**{**vars(self._args), "log_dir": log_dir})
         command = [sys.executable, "-m", "dispatcher.taskmanager.cli"]
-        return [*command, f"--dispatcher={url}", *argv_of(forwarded, options)]
+        return [*command, f"--dispatcher={self._address}", *argv_of(forwarded, options)]

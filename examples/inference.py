@@ -4,7 +4,8 @@ The whole program is its loop, `work`: WorkClient hands out lines and takes resu
 offline engine answers a batch in one call. Start as many of these as there are GPUs:
 
     dispatcher-server --infile prompts.jsonl --outfile answers.jsonl --work-timeout 3600
-    python examples/inference.py --model_path MODEL --dispatcher_server HOST:PORT
+    python examples/inference.py --model_path MODEL \\
+        --dispatcher_server @answers.jsonl.dispatch/server.json
 
 A line comes back with its answers in `generations`. Choose `--work-timeout` of the server well
 above the time that one batch takes, as this program reports nothing before a batch is finished.
@@ -33,7 +34,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 from dispatcher.client import WorkClient
-from dispatcher.errors import BadRequestError, ExitCode, ServerLostError, UsageError
+from dispatcher.errors import (
+    AccessDeniedError,
+    BadRequestError,
+    ExitCode,
+    ServerLostError,
+    UsageError,
+)
 from dispatcher.models import (
     BatchResultResponse,
     BatchWorkResponse,
@@ -390,8 +397,9 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--dispatcher_server",
         required=True,
-        metavar="HOST:PORT",
-        help="address or URL of the dispatcher server",
+        metavar="ADDRESS",
+        help="the dispatcher server: @STATE/server.json, or HOST:PORT or a URL with the token in "
+        "the variable DISPATCHER_TOKEN",
     )
     add(
         "--batch_size",
@@ -523,7 +531,11 @@ def main(
                 generate = load(options)
         except KeyboardInterrupt:
             return ExitCode.STOPPED
-        return work(client, generate, options, stop)
+        try:
+            return work(client, generate, options, stop)
+        except (AccessDeniedError, UsageError) as error:  # not this run's token, or no good file
+            log.error("%s", error)
+            return error.exit_code
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dispatcher.client import Address, AsyncWorkClient, WorkClient
-from dispatcher.errors import BadRequestError, UsageError
+from dispatcher.errors import AccessDeniedError, BadRequestError, UsageError
 from dispatcher.models import (
     BatchResultResponse,
     BatchWorkResponse,
@@ -26,7 +28,9 @@ from dispatcher.models import (
     WorkItem,
     WorkStatus,
 )
+from dispatcher.server_file import ServerFile, write_server_file
 
+TOKEN, OTHER = "t" * 43, "o" * 43
 AWAY = WorkStatus.SERVER_UNAVAILABLE
 
 # --- addresses ----------------------------------------------------------------------------------
@@ -68,7 +72,9 @@ def test_an_address_is_host_and_port_or_a_url(text: str, address: Address, url: 
 def test_what_is_no_address_is_refused_with_an_example(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         Address.parse(text)
-    assert str(caught.value) == f"{text!r} is not the address of a server; give HOST:PORT"
+    assert str(caught.value) == (
+        f"{text!r} is not the address of a server; give HOST:PORT or @STATE/server.json"
+    )
 
 
 @pytest.mark.parametrize("kind", [WorkClient, AsyncWorkClient])
@@ -89,6 +95,8 @@ class Script(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.replies: list[tuple[int, bytes]] = [(200, b"{}")]
         self.calls: list[tuple[str, str, bytes]] = []
+        self.tokens: list[str | None] = []
+        self.wants: str | None = None
         self.delay_s = 0.0
         self.hangs_up = False
         self.connections = 0
@@ -116,6 +124,9 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         server = self.server
         server.calls.append((self.command, self.path, body))
+        server.tokens.append(self.headers.get("Authorization"))
+        if server.wants is not None and server.tokens[-1] != f"Bearer {server.wants}":
+            server.replies.insert(0, (401, b'{"message": "no entry"}'))
         status, reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
         time.sleep(server.delay_s)
         if status:
@@ -131,15 +142,35 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: Any) -> None: ...
 
 
-@pytest.fixture
-def server() -> Iterator[Script]:
+@contextmanager
+def scripted() -> Iterator[Script]:
     script = Script()
     thread = threading.Thread(target=script.serve_forever, args=(0.01,), daemon=True)
     thread.start()
-    yield script
-    script.shutdown()
-    script.server_close()
-    thread.join(5)
+    try:
+        yield script
+    finally:
+        script.shutdown()
+        script.server_close()
+        thread.join(5)
+
+
+@pytest.fixture
+def server() -> Iterator[Script]:
+    with scripted() as script:
+        yield script
+
+
+@pytest.fixture
+def moved() -> Iterator[Script]:
+    """Return the server that the first one moved to."""
+    with scripted() as script:
+        yield script
+
+
+@pytest.fixture(autouse=True)
+def no_token_of_this_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISPATCHER_TOKEN", raising=False)
 
 
 Calls = Callable[[Any], Sequence[Any]]
@@ -374,7 +405,7 @@ def test_an_older_server_without_a_call_is_done_without(send: Send, server: Scri
 
 
 @both
-@pytest.mark.parametrize("status", [400, 403, 413, 422])
+@pytest.mark.parametrize("status", [400, 405, 413, 422])
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -394,6 +425,28 @@ def test_a_refusal_is_raised_with_the_servers_sentence(
 
 
 @both
+@pytest.mark.parametrize("status", [408, 425, 429])
+def test_a_call_to_be_tried_again_later_is_no_refusal(
+    send: Send, status: int, server: Script
+) -> None:
+    server.replies = [(status, b'{"message": "later"}')]
+    assert [reply.status for reply in send(server.address, every)] == [AWAY] * 4
+
+
+@both
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_server_that_wants_another_token_is_an_error_that_says_what_to_give(
+    send: Send, status: int, server: Script
+) -> None:
+    server.replies = [(status, b'{"message": "no entry"}')]
+    with pytest.raises(AccessDeniedError) as caught:
+        send(server.address, lambda c: [c.submit_results([])], token=TOKEN)
+    for words in ("POST /results: no entry", "@STATE/server.json", "--token-file", "DISPATCHER_"):
+        assert words in str(caught.value)
+    assert TOKEN not in str(caught.value)
+
+
+@both
 def test_after_a_refusal_the_client_goes_on(send: Send, server: Script) -> None:
     server.replies = [(400, b"no"), (200, b'{"status": "OK"}')]
 
@@ -409,6 +462,174 @@ def test_after_a_refusal_the_client_goes_on(send: Send, server: Script) -> None:
             await client.get_work()
 
     assert send(server.address, calls)[-1].status is WorkStatus.OK
+
+
+# --- tokens, and servers that move --------------------------------------------------------------
+
+OK = (200, b'{"status": "OK"}')
+
+
+def announce(
+    path: Path, server: Script | str, token: str | None = TOKEN, state: str = "running"
+) -> None:
+    """Write the server.json of a server."""
+    address = server if isinstance(server, str) else server.address
+    write_server_file(path, ServerFile(f"http://{address}", token, "run", 1, 1, state))
+
+
+@both
+def test_a_token_goes_with_every_call(send: Send, server: Script) -> None:
+    server.replies = [OK]
+    send(server.address, every, token=TOKEN)
+    assert server.tokens == [f"Bearer {TOKEN}"] * 4
+
+
+@both
+def test_without_a_token_none_is_sent(send: Send, server: Script) -> None:
+    server.replies = [OK]
+    send(server.address, every)
+    assert server.tokens == [None] * 4
+
+
+@both
+def test_the_token_comes_from_the_environment_unless_it_is_given(
+    send: Send, server: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISPATCHER_TOKEN", OTHER)
+    server.replies = [OK]
+    send(server.address, lambda c: [c.get_work()])
+    send(server.address, lambda c: [c.get_work()], token=TOKEN)
+    assert server.tokens == [f"Bearer {OTHER}", f"Bearer {TOKEN}"]
+
+
+@pytest.mark.parametrize("kind", [WorkClient, AsyncWorkClient])
+@pytest.mark.parametrize(
+    "token", ["short", "x" * 2000, "a b" * 20, "x" * 20 + "\r\nX: y", "ä" * 20]
+)
+def test_what_is_no_token_is_refused_and_not_shown(kind: Any, token: str) -> None:
+    with pytest.raises(UsageError, match="the token must be") as caught:
+        kind("host:1", token=token)
+    assert token not in str(caught.value)
+
+
+@both
+def test_a_path_leads_to_the_server_and_its_token(
+    send: Send, server: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announce(tmp_path / "server.json", server)
+    monkeypatch.setenv("DISPATCHER_TOKEN", OTHER)  # of another run: the file knows better
+    server.replies, server.wants = [OK], TOKEN
+    for address in (f"@{tmp_path / 'server.json'}", f"@{tmp_path}"):
+        assert [reply.status for reply in send(address, every)] == [WorkStatus.OK] * 4
+
+
+@both
+def test_a_server_without_a_token_needs_none(send: Send, server: Script, tmp_path: Path) -> None:
+    announce(tmp_path / "server.json", server, token=None)
+    server.replies = [OK]
+    send(f"@{tmp_path}", lambda c: [c.get_work()])
+    assert server.tokens == [None]
+
+
+@both
+def test_a_server_that_is_not_there_yet_is_a_server_that_is_away(
+    send: Send, server: Script, tmp_path: Path
+) -> None:
+    path = tmp_path / "state" / "server.json"
+    server.replies = [OK]
+
+    assert [r.status for r in send(f"@{path}", every)] == [AWAY] * 4
+    path.parent.mkdir()
+    assert send(f"@{path}", lambda c: [c.get_work()])[0].status is AWAY
+    announce(path, server)
+    assert send(f"@{path}", lambda c: [c.get_work()])[0].status is WorkStatus.OK
+
+
+def test_a_client_waits_for_its_server_to_come(server: Script, tmp_path: Path) -> None:
+    server.replies = [OK]
+    with WorkClient(f"@{tmp_path}") as client:
+        assert client.get_work().status is AWAY
+        announce(tmp_path / "server.json", server)
+        assert client.get_work().status is WorkStatus.OK
+
+
+@pytest.mark.parametrize("moved_by", ["another port", "another token", "another program there"])
+@both
+def test_a_call_follows_a_server_that_moved(
+    send: Send, moved_by: str, server: Script, moved: Script, tmp_path: Path
+) -> None:
+    path = tmp_path / "server.json"
+    server.replies, moved.replies = [OK], [OK]
+    server.wants, server.hangs_up = TOKEN, moved_by == "another port"
+    announce(path, server)
+
+    def move() -> None:
+        if moved_by == "another token":
+            server.wants = OTHER
+            announce(path, server, OTHER)
+            return
+        if moved_by == "another program there":
+            server.wants, server.replies = None, [(404, b"")]
+        else:
+            server.shutdown()
+            server.server_close()
+        moved.wants = OTHER
+        announce(path, moved, OTHER)
+
+    def calls(client: Any) -> list[Any]:
+        if isinstance(client, WorkClient):
+            first = client.get_work()
+            move()
+            return [first, *every(client)]
+        return [client.get_work(), _now(move), *every(client)]
+
+    states = [reply.status for reply in send(f"@{path}", calls) if reply is not None]
+
+    assert states == [WorkStatus.OK] * 5
+    last = server if moved_by == "another token" else moved
+    assert last.tokens[-1] == f"Bearer {OTHER}"
+
+
+async def _now(action: Callable[[], None]) -> None:
+    await asyncio.to_thread(action)
+
+
+@both
+def test_a_server_that_did_not_move_is_asked_once(
+    send: Send, server: Script, tmp_path: Path
+) -> None:
+    announce(tmp_path / "server.json", server)
+    server.replies = [(401, b"{}")]
+    with pytest.raises(AccessDeniedError):
+        send(f"@{tmp_path}", lambda c: [c.get_work()])
+    assert len(server.calls) == 1
+
+
+@both
+def test_a_server_that_left_its_run_complete_has_no_more_work(send: Send, tmp_path: Path) -> None:
+    announce(tmp_path / "server.json", nothing_listens(), state="complete")
+    work, results, released, _ = send(f"@{tmp_path}", every)
+    assert work.status is WorkStatus.ALL_WORK_COMPLETE
+    assert (results.status, released.status) == (AWAY, AWAY)
+    announce(tmp_path / "server.json", nothing_listens(), state="stopped")
+    assert send(f"@{tmp_path}", lambda c: [c.get_work()])[0].status is AWAY
+
+
+@both
+def test_a_file_that_others_can_read_is_not_used(
+    send: Send, server: Script, tmp_path: Path
+) -> None:
+    announce(tmp_path / "server.json", server)
+    (tmp_path / "server.json").chmod(0o640)
+    with pytest.raises(UsageError, match="chmod 600"):
+        send(f"@{tmp_path}", lambda c: [c.get_work()])
+    assert server.calls == []
+
+
+@pytest.mark.parametrize("kind", [WorkClient, AsyncWorkClient])
+def test_an_at_sign_alone_names_no_file(kind: Any) -> None:
+    with pytest.raises(UsageError, match=r"server\.json"):
+        kind("@")
 
 
 # --- connections --------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def test_a_second_command_on_the_same_run_is_refused(infile: Path, tmp_path: Pat
     with dispatcher_server(*files):
         code, stderr = ended(*server(infile, tmp_path / "out.jsonl"))
     assert code == 1
-    assert_one_sentence(stderr, "another process", "out.jsonl.dispatch")
+    assert_one_sentence(stderr, "another server", "out.jsonl.dispatch")
 
 
 def test_an_unknown_key_of_a_configuration_file_is_named(infile: Path, tmp_path: Path) -> None:

@@ -1016,7 +1016,8 @@ def serve(tmp_path: Path) -> Iterator[Serve]:
     def start(*flags: str | Path, lines: Sequence[str] = LINES) -> Run:
         infile, outfile = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
         infile.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        context = dispatcher_server("--infile", infile, "--outfile", outfile, *flags)
+        # An older client sends no token.
+        context = dispatcher_server("--infile", infile, "--outfile", outfile, "--no-auth", *flags)
         run = Run(context.__enter__(), infile, outfile)
         open_runs.append(context)
         return run
@@ -1291,6 +1292,20 @@ def test_an_older_client_works_through_a_run(serve: Serve) -> None:
     assert run.output(3) == [{"was": line} for line in LINES]
 
 
+def test_an_older_client_which_sends_no_token_needs_a_server_with_no_auth(tmp_path: Path) -> None:
+    infile, outfile = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    infile.write_text("{}\n")
+    files = ("--infile", infile, "--outfile", outfile)
+    with dispatcher_server(*files) as server:
+        status, reply = Run(server, infile, outfile).call("GET", "/work")
+        assert (status, "--no-auth" in reply["message"]) == (401, True)
+        assert Run(server, infile, outfile).call("POST", "/results", {"items": []})[0] == 401
+        # It is told so, and takes it neither for work nor for the end of it.
+    with dispatcher_server(*files, "--no-auth") as server:
+        status, reply = Run(server, infile, outfile).call("GET", "/work")
+        assert (status, reply["status"]) == (200, "OK")
+
+
 def test_an_older_client_may_send_an_items_id_and_result_alone(serve: Serve) -> None:
     run = serve(lines=LINES[:1])
     assert run.get("/work?batch_size=1")["items"][0]["work_id"] == 0
@@ -1316,7 +1331,7 @@ def serve_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     directory = tmp_path_factory.mktemp("shared")
     infile, outfile = directory / "in.jsonl", directory / "out.jsonl"
     infile.write_text("".join(f"{line}\n" for line in LINES), encoding="utf-8")
-    with dispatcher_server("--infile", infile, "--outfile", outfile) as server:
+    with dispatcher_server("--infile", infile, "--outfile", outfile, "--no-auth") as server:
         yield Run(server, infile, outfile)
 
 

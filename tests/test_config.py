@@ -326,9 +326,28 @@ def test_the_defaults_of_the_limits_are_those_of_the_policy() -> None:
     assert (policy.work_timeout_s, policy.max_retries, policy.lease_term_s) == (1200.0, 3, 30.0)
 
 
+def test_window_and_backups_become_the_queues_policy() -> None:
+    assert (policy_of(limits()).window, policy_of(limits()).backups) == (0, True)
+    policy = policy_of(limits("--window=40", "--backup-tasks", "off"))
+    assert (policy.window, policy.backups) == (40, False)
+    assert policy_of(limits("--backup-tasks=auto")).backups
+
+
+@pytest.mark.parametrize(("word", "backups"), [("off", False), ("'off'", False), ("auto", True)])
+def test_the_word_off_of_a_configuration_file_is_not_taken_for_false(
+    word: str, backups: bool, tmp_path: Path
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(f"backup-tasks: {word}\n")
+    parser = Parser()
+    parser.add_argument("--config", type=Path)
+    add_run_limits(parser)
+    assert policy_of(parse(parser, ["--config", str(config)])).backups == backups
+
+
 @pytest.mark.parametrize(
     "flag",
-    ["--max-retries=-2", "--work-timeout=0", "--lease-term=0", "--max-line-bytes=0"],
+    ["--max-retries=-2", "--work-timeout=0", "--lease-term=0", "--max-line-bytes=0", "--window=-1"],
 )
 def test_a_limit_out_of_bounds_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

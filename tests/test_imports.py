@@ -20,6 +20,7 @@ FLOORS = [
     ("dispatcher.config", 1),
     ("dispatcher.storage", 2),
     ("dispatcher.client", 2),
+    ("dispatcher.server_file", 2),
     ("dispatcher.progress", 2),
     ("dispatcher.taskmanager.task", 2),
     ("dispatcher.taskmanager.backend", 2),

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from dispatcher.client import WorkClient
 from tests.support.processes import (
     ROOT,
     Process,
@@ -56,14 +55,14 @@ def fakellm(*flags: str | Path) -> Iterator[str]:
 
 @contextmanager
 def task_manager(server: Server, base_url: str, *flags: str | Path) -> Iterator[Process]:
-    command = [sys.executable, "-m", "dispatcher.taskmanager.cli", "--dispatcher", server.url]
+    command = [sys.executable, "-m", "dispatcher.taskmanager.cli", "--dispatcher", server.at]
     command += ["--backend", "openai", "--base-url", base_url, "--model", "m", *map(str, flags)]
     with running(*command) as process:
         yield process
 
 
 def done(server: Server) -> int:
-    with WorkClient(server.address) as client:
+    with server.client() as client:
         return int(client.status().get("done", 0))
 
 
@@ -244,7 +243,7 @@ def test_a_worker_that_is_told_to_stop_gives_everything_back_uncharged(tmp_path:
             dispatcher_server("--infile", infile, "--outfile", outfile, "--retry", "1")
         )
         worker = stack.enter_context(task_manager(server, base_url, "--task", CHAT))
-        client = stack.enter_context(WorkClient(server.address))
+        client = stack.enter_context(server.client())
         wait_until(lambda: client.status()["requests_in_flight"] >= 32, "requests", deadline_s=30)
         asked_at = time.monotonic()
         worker.stop()
@@ -265,14 +264,14 @@ def test_a_worker_that_starts_after_the_run_is_complete_ends_without_starting_a_
     infile.write_text("\n")
     calls = tmp_path / "calls.jsonl"
     with dispatcher_server("--infile", infile, "--outfile", outfile) as server:
-        with WorkClient(server.address, worker="w") as client:
+        with server.client("w") as client:
             wait_until(lambda: client.get_work().status == "all_work_complete", "completion")
         command = [sys.executable, "-m", "dispatcher.taskmanager.cli", "--backend", "fake"]
         command += [
             "--task",
             CHAT,
             "--dispatcher",
-            server.url,
+            server.at,
             f"--fakellm-args=--call-log {calls}",
         ]
         with running(*command) as worker:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
+import sys
 from pathlib import Path
 
-from dispatcher.client import WorkClient
 from dispatcher.models import ReleaseItem
-from tests.support.processes import Server, dispatcher_server, wait_until
+from tests.support.processes import Server, dispatcher_server, running, wait_until
 
 
 def ask(server: Server, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
+    # With the admin token, which opens every call.
     connection = http.client.HTTPConnection(server.address, timeout=10)
     try:
-        connection.request(method, path, body, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", **server.admin_headers}
+        connection.request(method, path, body, headers)
         reply = connection.getresponse()
         return reply.status, reply.read()
     finally:
@@ -26,12 +29,13 @@ def test_a_call_for_work_whose_client_left_takes_nothing(tmp_path: Path) -> None
     infile.write_text('{"n": 1}\n{"n": 2}\n')
     with (
         dispatcher_server("--infile", infile, "--outfile", tmp_path / "out.jsonl") as server,
-        WorkClient(server.address, worker="holder") as holder,
-        WorkClient(server.address, worker="next") as next_one,
+        server.client("holder") as holder,
+        server.client("next") as next_one,
     ):
         held = holder.get_work(2).items
         leaver = http.client.HTTPConnection(server.address)
-        leaver.request("GET", "/work?batch_size=2&worker=leaver&wait=30")
+        path = "/work?batch_size=2&worker=leaver&wait=30"
+        leaver.request("GET", path, headers=server.headers)
         wait_until(lambda: holder.status()["workers"] >= 1, "the server to answer")
         assert next_one.get_work(2, wait_s=0.3).items == []  # so the leaver's call waits, too
         leaver.close()
@@ -55,6 +59,7 @@ def test_what_the_protocol_does_not_allow_is_answered_with_a_sentence(tmp_path: 
             ("POST", "/results", b'{"items": 7}'),
             ("POST", "/release", b'{"work_ids": ["a"]}'),
             ("POST", "/heartbeat", b'{"held": {}}'),
+            ("POST", "/heartbeat", b'{"worker": "w", "stats": {"requests": -1}}'),
             ("POST", "/work_timeout", b'{"timeout": -1}'),
             ("POST", "/work_timeout", b'{"timeout": 1e999}'),
         ):
@@ -78,7 +83,7 @@ def test_one_bad_item_does_not_harm_the_others_of_its_batch(tmp_path: Path) -> N
         assert status == 200
         outcomes = json.loads(reply)["outcomes"]
         assert outcomes == ["accepted", *["invalid"] * 3, "accepted", "invalid", "invalid"]
-        with WorkClient(server.address) as client:
+        with server.client() as client:
             again = client.get_work(5).items
         assert [(item.work_id, item.retry_count) for item in again] == [(1, 1), (2, 1), (3, 1)]
 
@@ -87,7 +92,7 @@ def test_metrics_health_and_page_answer(tmp_path: Path) -> None:
     infile = tmp_path / "in.jsonl"
     infile.write_text('{"n": 1}\n\n')
     with dispatcher_server("--infile", infile, "--outfile", tmp_path / "out.jsonl") as server:
-        with WorkClient(server.address, worker="w") as client:
+        with server.client("w") as client:
             assert len(client.get_work(2).items) == 1
         status, text = ask(server, "GET", "/metrics")
         assert status == 200
@@ -97,3 +102,49 @@ def test_metrics_health_and_page_answer(tmp_path: Path) -> None:
         status, page = ask(server, "GET", "/")
         assert status == 200
         assert b"<!doctype html>" in page
+
+
+def test_a_window_holds_new_lines_back_until_the_first_one_is_done(tmp_path: Path) -> None:
+    infile = tmp_path / "in.jsonl"
+    infile.write_text('{"n": 1}\n' * 10)
+    files = ("--infile", infile, "--outfile", tmp_path / "out.jsonl")
+    with (
+        dispatcher_server(*files, "--window", "4", "--retry", "1") as server,
+        server.client("w") as client,
+    ):
+        assert client.status()["blocked_by_window"] is False
+        first, *others = client.get_work(10).items
+        assert len(others) == 3
+        for item in others:
+            item.set_result("1")
+        client.submit_results(others)
+        status = client.status()
+        assert (status["waiting_for"], status["blocked_by_window"]) == (0, True)
+        assert client.get_work(10).items == []
+        first.set_result("1")
+        client.submit_results([first])
+        assert client.status()["blocked_by_window"] is False
+        assert [item.work_id for item in client.get_work(10).items] == [4, 5, 6, 7]
+        assert client.status()["blocked_by_window"] is True
+
+
+def test_without_a_window_nothing_is_held_back(tmp_path: Path) -> None:
+    infile = tmp_path / "in.jsonl"
+    infile.write_text('{"n": 1}\n' * 10)
+    files = ("--infile", infile, "--outfile", tmp_path / "out.jsonl")
+    with dispatcher_server(*files) as server, server.client("w") as client:
+        assert len(client.get_work(10).items) == 10
+        status = client.status()
+    assert (status["waiting_for"], status["blocked_by_window"]) == (None, False)
+
+
+def test_fewer_open_files_than_connections_are_said_at_the_start(tmp_path: Path) -> None:
+    infile = tmp_path / "in.jsonl"
+    infile.write_text('{"n": 1}\n')
+    flags = ("--infile", infile, "--outfile", tmp_path / "out.jsonl", "--port", "0")
+    script = 'ulimit -n 200 && exec "$@"'
+    command = (sys.executable, "-m", "dispatcher.server", *flags)
+    with running("bash", "-c", script, "bash", *command) as process:
+        match = process.wait_for_line(re.compile(r"at most (\d+) connections"))
+        assert int(match[1]) < 200
+        process.wait_for_line(re.compile("dispatcher-server: run"))

@@ -1,8 +1,11 @@
-"""What clients may send: bounds on everything, and one sentence for what is refused."""
+"""Who may speak and what they may send: bounds on everything, a sentence for what is refused."""
 
 from __future__ import annotations
 
+import hmac
 import json
+from collections.abc import Sized
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import msgspec
@@ -16,6 +19,69 @@ BODY_BYTES = 64 << 20
 MAX_BATCH = 4096
 MAX_WAIT_S = 60.0
 MAX_NAME = 128
+MAX_COUNT = 1 << 53
+MAX_ITEMS = 1 << 14
+MAX_HELD = 1 << 17
+_LONGEST_INT = 18
+
+_OPEN_PATHS = frozenset(("/", "/healthz"))
+_ADMIN_PATHS = frozenset(("/work_timeout",))
+
+
+@dataclass(frozen=True, slots=True)
+class Denial:
+    """Why a call is refused before anything of it is done."""
+
+    status: int
+    message: str
+
+
+class Gate:
+    """Lets calls through that show the right token; without tokens, all of them.
+
+    The admin token opens everything, the other one everything but what changes settings.
+    """
+
+    def __init__(self, token: str | None = None, admin_token: str | None = None) -> None:
+        self._is_open = token is None
+        self._worker = _bearer(token)
+        self._admin = _bearer(admin_token)
+
+    def refuse(self, method: str, path: str, authorization: str | None) -> Denial | None:
+        """Return why a call is refused, or None."""
+        if self._is_open:
+            return None
+        shown = (authorization or "").encode("utf-8", "surrogateescape")
+        if hmac.compare_digest(shown, self._worker):
+            is_admin = False
+        else:
+            # The scheme's name has no case (RFC 9110, section 11.1); ours send it as it is here.
+            scheme, _, secret = shown.partition(b" ")
+            shown = b"Bearer " + secret.strip() if scheme.lower() == b"bearer" else b""
+            is_admin = hmac.compare_digest(shown, self._admin)
+            if not (is_admin or hmac.compare_digest(shown, self._worker)):
+                if path in _OPEN_PATHS and method in ("GET", "HEAD"):
+                    return None
+                return Denial(401, _WRONG_TOKEN if authorization else _NO_TOKEN)
+        if path in _ADMIN_PATHS and not is_admin:
+            return Denial(403, _NOT_ADMIN)
+        return None
+
+
+def _bearer(token: str | None) -> bytes:
+    # Without a token, a value that no header can have.
+    return f"Bearer {token}".encode() if token is not None else b"\n"
+
+
+_NO_TOKEN = (
+    'this server wants a token in the header "Authorization: Bearer TOKEN"; it is in server.json '
+    "in the run's state directory (older clients, which send none, need a server with --no-auth)"
+)
+_WRONG_TOKEN = "the token is not that of this run; server.json in its state directory has it"
+_NOT_ADMIN = (
+    "this changes settings of the run and wants the admin token, which is in admin.token in the "
+    "run's state directory"
+)
 
 
 class Submission(msgspec.Struct):
@@ -30,7 +96,7 @@ def decode(body: bytes, kind: type[T]) -> T:
     """Decode a JSON body. Raises BadRequestError naming the field that is wrong."""
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BadRequestError(f"the body is not what this call takes: {error}") from error
 
 
@@ -40,20 +106,23 @@ def decode_submission(body: bytes) -> tuple[Submission, list[int]]:
     Returns the submission with its readable items and the places of those that are not.
     """
     try:
-        return msgspec.json.decode(body, type=Submission), []
-    except (msgspec.DecodeError, UnicodeDecodeError):
+        submission = msgspec.json.decode(body, type=Submission)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return _decode_item_by_item(body)
+    check_length(submission.items, "items", MAX_ITEMS)
+    return submission, []
 
 
 def _decode_item_by_item(body: bytes) -> tuple[Submission, list[int]]:
     try:
         # Python's decoder lets lone surrogates and NaN pass, so that only the item that holds
         # them is refused, later.
-        loose: Any = json.loads(body)
+        loose: Any = json.loads(body, parse_int=_int_or_text)
     except (ValueError, RecursionError) as error:
         raise BadRequestError(f"the body is not JSON: {error}") from error
     if not isinstance(loose, dict) or not isinstance(loose.get("items"), list):
         raise BadRequestError('the body must be an object with a list "items"')
+    check_length(loose["items"], "items", MAX_ITEMS)
     items: list[ResultItem] = []
     unreadable: list[int] = []
     for place, raw in enumerate(loose["items"]):
@@ -66,13 +135,31 @@ def _decode_item_by_item(body: bytes) -> tuple[Submission, list[int]]:
             known["result"] = None  # no string: invalid, but its lease can be told
         try:
             items.append(msgspec.convert(known, ResultItem))
-        except msgspec.ValidationError:
+        except (msgspec.ValidationError, UnicodeEncodeError):
             unreadable.append(place)
     worker = loose.get("worker")
     want = loose.get("want", 0)
     if not (worker is None or isinstance(worker, str)) or not isinstance(want, int):
         raise BadRequestError('"worker" must be a string and "want" a whole number')
     return Submission(items, worker, want), unreadable
+
+
+def _int_or_text(digits: str) -> int | str:
+    # Python refuses to convert thousands of digits; as text they spoil only their own item.
+    return int(digits) if len(digits) <= _LONGEST_INT else digits
+
+
+def check_length(entries: Sized, name: str, most: int) -> None:
+    """Refuse a call with so many entries that others would have to wait for it."""
+    if len(entries) > most:
+        raise BadRequestError(f'"{name}" has {len(entries)} entries, but {most} are the most')
+
+
+def check_counts(value: msgspec.Struct) -> None:
+    """Refuse numbers that no worker can have counted to."""
+    for name in value.__struct_fields__:
+        if not 0 <= getattr(value, name) < MAX_COUNT:
+            raise BadRequestError(f'"{name}" must be a whole number from 0 to 2^53')
 
 
 def worker_name(name: str | None) -> str:
@@ -88,9 +175,10 @@ def whole_number(text: str | None, name: str, default: int) -> int:
     """Read a query parameter that must be at least 1."""
     if text is None:
         return default
-    if not (text.isascii() and text.isdecimal()) or len(text) > 18 or int(text) < 1:
+    digits = text.lstrip("0")
+    if not (text.isascii() and text.isdecimal()) or not digits:
         raise BadRequestError(f'"{name}" must be a whole number of at least 1, not {text[:40]!r}')
-    return int(text)
+    return int(digits[:_LONGEST_INT])  # what is larger is far beyond any bound, cut or not
 
 
 def seconds(text: str | None, name: str, default: float) -> float:
@@ -98,7 +186,8 @@ def seconds(text: str | None, name: str, default: float) -> float:
     if text is None:
         return default
     try:
-        value = float(text)
+        # Python also takes other scripts' digits and underscores, which no number here has.
+        value = float(text) if text.isascii() and "_" not in text else -1.0
     except ValueError:
         value = -1.0
     if not 0 <= value < float("inf"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+import socket
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
 import msgspec
-from aiohttp import web
+from aiohttp import hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from dispatcher.errors import BadRequestError, DispatcherError, StorageFullError
 from dispatcher.models import (
@@ -19,12 +22,22 @@ from dispatcher.models import (
     WorkStatus,
 )
 from dispatcher.server import access
+from dispatcher.server.access import Gate
+from dispatcher.server.connections import (
+    HEADER_BYTES,
+    BodyTooLateError,
+    ConnectionLimits,
+    Connections,
+)
 from dispatcher.server.metrics import render_metrics
 from dispatcher.service import DispatchService
 
 SERVICE = web.AppKey("service", DispatchService)
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+CONNECTIONS = web.AppKey("connections", Connections)
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _encode = msgspec.json.Encoder().encode
+_NEVER_S = 1e9
+log = logging.getLogger(__name__)
 
 
 class WorkTimeout(msgspec.Struct):
@@ -33,24 +46,115 @@ class WorkTimeout(msgspec.Struct):
     timeout: float
 
 
-def make_app(service: DispatchService) -> web.Application:
+def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -> web.Application:
     """Build the application around one run."""
     app = web.Application(client_max_size=access.BODY_BYTES)
     app[SERVICE] = service
+    app[CONNECTIONS] = Connections(limits or ConnectionLimits())
     app.add_routes(
         [
-            web.get("/work", _answered(get_work)),
-            web.post("/results", _answered(post_results)),
-            web.post("/release", _answered(post_release)),
-            web.post("/heartbeat", _answered(post_heartbeat)),
-            web.get("/status", _answered(get_status)),
-            web.post("/work_timeout", _answered(post_work_timeout)),
+            web.get("/work", get_work, allow_head=False),
+            web.post("/results", post_results),
+            web.post("/release", post_release),
+            web.post("/heartbeat", post_heartbeat),
+            web.get("/status", get_status),
+            web.post("/work_timeout", post_work_timeout),
             web.get("/metrics", get_metrics),
             web.get("/healthz", get_health),
             web.get("/", get_page),
         ]
     )
     return app
+
+
+async def listen(app: web.Application, gate: Gate, listener: socket.socket) -> web.AppRunner:
+    """Accept the calls that `gate` lets through, until `stop_listening`."""
+    connections = app[CONNECTIONS]
+    http_log = logging.getLogger(f"{__name__}.http")
+    http_log.addFilter(_is_not_the_clients_fault)
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        logger=http_log,
+        shutdown_timeout=1.0,
+        # A call that waits for work must end with its client, or it would take items for
+        # nobody. What a cancelled call had decided is written all the same.
+        handler_cancellation=True,
+        # Times between requests are the business of connections.py.
+        keepalive_timeout=_NEVER_S,
+        max_line_size=HEADER_BYTES,
+        max_field_size=HEADER_BYTES,
+        lingering_time=connections.limits.linger_s,
+    )
+    await runner.setup()
+    server = runner.server
+    assert server is not None
+    server.request_handler = FrontDoor(server.request_handler, gate, connections)
+    await connections.start(server, listener)
+    return runner
+
+
+async def stop_listening(runner: web.AppRunner) -> None:
+    """Accept no more calls and end those that wait."""
+    await runner.app[CONNECTIONS].stop()
+    await runner.cleanup()
+
+
+class FrontDoor:
+    """Every request comes through here, before it has a route and before its body is read.
+
+    Lets in who may speak, and answers what the project raises on purpose with a sentence. It
+    is no middleware because one runs only after the client was asked for its body
+    (`Expect: 100-continue`), and costs more.
+    """
+
+    def __init__(self, inside: Handler, gate: Gate, connections: Connections) -> None:
+        self._inside = inside
+        self._gate = gate
+        self._connections = connections
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request."""
+        connection = self._connections.of(request)
+        if connection is not None:
+            connection.request_began(request.content)
+        try:
+            refusal = self._refusal(request)
+            # Not `or`: in some versions of aiohttp a response is an empty mapping, and so false.
+            return refusal if refusal is not None else await self._inside(request)
+        except BadRequestError as error:
+            return _problem(400, str(error))
+        except StorageFullError as error:
+            return _problem(507, str(error))
+        except DispatcherError as error:
+            return _problem(503, str(error))
+        except web.HTTPException as error:  # the framework's own, such as an unknown path
+            return _http_problem(error)
+        except BodyTooLateError:
+            return _closing(_problem(408, "the body took too long to arrive"))
+        except (HttpProcessingError, web.RequestPayloadError) as error:
+            return _closing(_problem(400, f"the body cannot be read: {error}"))
+        except ConnectionError:
+            return _closing(_problem(400, "the client left"))  # nobody is there to read it
+        except Exception:  # a defect of ours, whatever it is: the log has it, the run goes on
+            log.exception("%s %s could not be answered", request.method, request.path)
+            return _problem(500, "a defect of the server; its log has more")
+        finally:
+            if connection is not None:
+                connection.request_ended()
+
+    def _refusal(self, request: web.BaseRequest) -> web.Response | None:
+        """Refuse what need not be read: calls without the right token, too large bodies."""
+        shown = request.headers.get(hdrs.AUTHORIZATION)
+        denial = self._gate.refuse(request.method, request.path, shown)
+        if denial is not None:
+            reply = _problem(denial.status, denial.message)
+            if denial.status == 401:
+                reply.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
+            return _closing(reply)
+        if not request.content.is_eof() and (request.content_length or 0) > access.BODY_BYTES:
+            return _closing(_problem(413, _TOO_LARGE))
+        return None
 
 
 async def get_work(request: web.Request) -> web.Response:
@@ -83,6 +187,8 @@ async def post_results(request: web.Request) -> web.Response:
 async def post_release(request: web.Request) -> web.Response:
     """POST /release"""
     body = access.decode(await request.read(), ReleaseWorkRequest)
+    access.check_length(body.work_ids, "work_ids", access.MAX_ITEMS)
+    access.check_length(body.items, "items", access.MAX_ITEMS)
     # Existing clients name ids alone: charged, and what was recorded is dropped.
     by_id = [ReleaseItem(work_id, steps="drop") for work_id in body.work_ids]
     released = await request.app[SERVICE].release([*by_id, *body.items])
@@ -92,14 +198,20 @@ async def post_release(request: web.Request) -> web.Response:
 async def post_heartbeat(request: web.Request) -> web.Response:
     """POST /heartbeat"""
     body = access.decode(await request.read(), HeartbeatRequest)
+    access.check_length(body.held, "held", access.MAX_HELD)
     if not access.worker_name(body.worker):
         raise BadRequestError('"worker" is missing')
+    if body.stats is not None:
+        access.check_counts(body.stats)
     return _json(await request.app[SERVICE].heartbeat(body))
 
 
 async def get_status(request: web.Request) -> web.Response:
     """GET /status"""
-    return _json(request.app[SERVICE].status())
+    service = request.app[SERVICE]
+    queue = service.queue
+    blocked = queue.policy.window > 0 and not queue.input_ended and not queue.may_open()
+    return _json({**service.status(), "blocked_by_window": blocked})
 
 
 async def post_work_timeout(request: web.Request) -> web.Response:
@@ -113,7 +225,7 @@ async def post_work_timeout(request: web.Request) -> web.Response:
 
 async def get_metrics(request: web.Request) -> web.Response:
     """GET /metrics"""
-    body, content_type = render_metrics(request.app[SERVICE])
+    body, content_type = render_metrics(request.app[SERVICE], len(request.app[CONNECTIONS]))
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 
@@ -135,7 +247,8 @@ async def get_page(request: web.Request) -> web.Response:
         headers={
             "Content-Security-Policy": (
                 "default-src 'none'; connect-src 'self'; script-src 'self' 'unsafe-inline'; "
-                "style-src 'self' 'unsafe-inline'"
+                "style-src 'self' 'unsafe-inline'; form-action 'none'; base-uri 'none'; "
+                "frame-ancestors 'none'"
             )
         },
     )
@@ -145,20 +258,30 @@ def _json(value: object, status: int = 200) -> web.Response:
     return web.Response(body=_encode(value), status=status, content_type="application/json")
 
 
-def _answered(handler: Handler) -> Handler:
-    """Answer what the project raises on purpose with a status and a sentence."""
+_TOO_LARGE = f"the body is larger than {access.BODY_BYTES >> 20} MiB; send less at a time"
 
-    async def answer(request: web.Request) -> web.StreamResponse:
-        try:
-            return await handler(request)
-        except BadRequestError as error:
-            return _json({"status": "error", "message": str(error)}, 400)
-        except StorageFullError as error:
-            return _json({"status": "error", "message": str(error)}, 507)
-        except DispatcherError as error:
-            return _json({"status": "error", "message": str(error)}, 503)
-        except web.HTTPException as error:  # the framework's own, such as a body too large
-            message = error.text or error.reason
-            return _json({"status": "error", "message": message}, error.status)
 
-    return answer
+def _http_problem(error: web.HTTPException) -> web.Response:
+    if error.status == 413:
+        return _closing(_problem(413, _TOO_LARGE))
+    reply = _problem(error.status, f"{error.reason}: PROTOCOL.md has every call of this server")
+    if "Allow" in error.headers:
+        reply.headers["Allow"] = error.headers["Allow"]
+    return reply
+
+
+def _problem(status: int, message: str) -> web.Response:
+    return _json({"status": "error", "message": message}, status)
+
+
+def _closing(reply: web.Response) -> web.Response:
+    """Hang up after this reply: what else the client sends is not read as another request."""
+    reply.force_close()
+    return reply
+
+
+def _is_not_the_clients_fault(record: logging.LogRecord) -> bool:
+    # A malformed request is answered 400. Its log entry would quote it, tokens included, and let
+    # anybody who reaches the port fill the disk.
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError | web.RequestPayloadError)

@@ -11,32 +11,70 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import uvloop
-from aiohttp import web
 
 from dispatcher.config import Parser, RunSettings, add_run_limits, number, parse, run_settings_of
-from dispatcher.errors import DispatcherError, ExitCode, UsageError
-from dispatcher.server.app import make_app
+from dispatcher.errors import DispatcherError, ExitCode, StorageError, UsageError
+from dispatcher.server.access import Gate
+from dispatcher.server.app import listen, make_app, stop_listening
+from dispatcher.server.connections import ConnectionLimits, raise_file_limit
+from dispatcher.server_file import (
+    ADMIN_TOKEN_FILE,
+    ServerFile,
+    new_token,
+    read_server_file,
+    read_token_file,
+    remove_partial_files,
+    server_file_in,
+    token_given,
+    write_private,
+    write_server_file,
+)
 from dispatcher.service import DispatchService
 from dispatcher.storage.files import Files
+from dispatcher.storage.ownership import Ownership
 
 LINGER_S = 5.0
 LINGER_FOR_WORKERS_S = 15.0
 DRAIN_S = 20.0
-SERVER_FILE = "server.json"
 
 
-class ServerFile(msgspec.Struct):
-    """`<state>/server.json`: where the run is served, for the commands beside it."""
+@dataclass(frozen=True, slots=True)
+class Network:
+    """How the run is served. `token` is the one that the user gave, if any."""
 
-    url: str
-    run: str
-    epoch: int
-    pid: int
-    state: str
+    host: str
+    listener: socket.socket
+    needs_token: bool
+    token: str | None
+    limits: ConnectionLimits
+
+
+@dataclass(slots=True)
+class Announcement:
+    """The run's server.json: tells the commands beside it where it is served."""
+
+    path: Path
+    content: ServerFile
+
+    def write(self, state: str) -> None:
+        """Write it anew. Raises OSError, and UsageError when it would go through a link."""
+        self.content.state = state
+        write_server_file(self.path, self.content)
+
+    def write_if_possible(self, state: str) -> None:
+        """Write it anew; the run goes on when that fails: results are worth more than this."""
+        try:
+            self.write(state)
+        except (OSError, UsageError) as error:
+            self.complain(error)
+
+    def complain(self, error: Exception) -> None:
+        """Say why it was not written."""
+        print(f"dispatcher-server: cannot write {self.path}: {error}", file=sys.stderr)
 
 
 def build_parser() -> Parser:
@@ -55,6 +93,12 @@ def build_parser() -> Parser:
     files.add_argument(
         "--checkpoint", type=Path, dest="state", metavar="PATH", help="older name of --state"
     )
+    files.add_argument(
+        "--takeover",
+        action="store_true",
+        help="take the run from another server that may still live, after 11 s in which it can "
+        "notice (otherwise a start waits up to 30 s for a sign of life, and gives up at one)",
+    )
     files.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these options")
     wire = parser.add_argument_group("network")
     wire.add_argument("--host", default="127.0.0.1", help="address to listen on")
@@ -69,9 +113,23 @@ def build_parser() -> Parser:
         help="seconds after which a client that got nothing should ask again",
     )
     wire.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the token that clients must show (default: the variable "
+        "DISPATCHER_TOKEN, else the one in STATE/server.json, else a new one)",
+    )
+    wire.add_argument(
         "--no-auth",
         action="store_true",
-        help="accept every client (all clients are accepted at present)",
+        help="ask for no token: everybody who reaches the port may take work and hand in results",
+    )
+    wire.add_argument(
+        "--max-connections",
+        type=number(int, 1, 1 << 20),
+        default=ConnectionLimits().max_connections,
+        metavar="N",
+        help="connections open at once; further ones are closed",
     )
     add_run_limits(parser)
     return parser
@@ -85,13 +143,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(build_parser(), argv)
         settings = run_settings_of(args, args.infile, args.outfile)
+        token = None if args.no_auth else token_given(args.token_file)
+        limits = _limits(args.max_connections)
         with _listen(args.host, args.port) as listener:
-            return uvloop.run(serve(settings, args.host, listener))
+            network = Network(args.host, listener, not args.no_auth, token, limits)
+            ownership = Ownership(settings.state_dir, Files(), takeover=args.takeover)
+            return uvloop.run(serve(settings, network, ownership))
     except DispatcherError as error:
         print(f"dispatcher-server: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # before the signal was taken over: nothing was begun
         return ExitCode.STOPPED
+
+
+def _limits(max_connections: int) -> ConnectionLimits:
+    possible = raise_file_limit(max_connections)
+    if possible < max_connections:
+        print(
+            f"dispatcher-server: at most {possible} connections at once, as this process may not "
+            "open more files (ulimit -n)",
+            file=sys.stderr,
+        )
+    return ConnectionLimits(max_connections=possible)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -109,59 +182,122 @@ def _listen(host: str, port: int) -> socket.socket:
         raise DispatcherError(f"cannot listen on {host} port {port}: {error.strerror}") from error
 
 
-async def serve(settings: RunSettings, host: str, listener: socket.socket) -> int:
+async def serve(settings: RunSettings, network: Network, ownership: Ownership) -> int:
     """Serve the run: take up what is on disk, answer until it ends, leave cleanly."""
     stop = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stop.set)
-    service = DispatchService(settings)
+    token = _token(settings, network)
+    service = DispatchService(settings, ownership=ownership)
     try:
         await service.start()
-        runner = web.AppRunner(
-            make_app(service),
-            access_log=None,
-            shutdown_timeout=1.0,
-            # A call that waits for work must end with its client, or it would take items for
-            # nobody. What a cancelled call had decided is written all the same.
-            handler_cancellation=True,
-        )
-        await runner.setup()
-        await web.SockSite(runner, listener, backlog=4096).start()
+        admin_token = _admin_token(settings) if token is not None else None
+        # Before the first call is answered: a worker that finds its token refused looks here.
+        announcement = _announce(service, network, token)
+        app = make_app(service, network.limits)
+        runner = await listen(app, Gate(token, admin_token), network.listener)
         try:
-            return await _serve_until_end(service, host, listener, stop)
+            _print_start(service, announcement)
+            return await _serve_until_end(service, announcement, stop)
         finally:
             await service.drain()
-            await runner.cleanup()
+            await stop_listening(runner)
     finally:
         await service.close()
 
 
-async def _serve_until_end(
-    service: DispatchService, host: str, listener: socket.socket, stop: asyncio.Event
-) -> int:
-    settings = service.settings
-    url = f"http://{_reachable(host)}:{listener.getsockname()[1]}"
-    where = ServerFile(url, service.run_id, service.epoch, os.getpid(), "running")
+def _token(settings: RunSettings, network: Network) -> str | None:
+    """Return the token that clients must show: kept across restarts, as workers know it."""
+    if not network.needs_token:
+        return None
+    path = server_file_in(settings.state_dir)
+    try:
+        before = read_server_file(path).token
+    except (FileNotFoundError, NotADirectoryError):
+        before = None  # a new run, or one that the start refuses
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    return network.token or before or new_token()
+
+
+def _admin_token(settings: RunSettings) -> str:
+    """Return the token for what changes settings, from its file, which is made if need be."""
+    path = settings.state_dir / ADMIN_TOKEN_FILE
+    try:
+        return read_token_file(path)
+    except FileNotFoundError:
+        token = new_token()
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        write_private(path, token.encode() + b"\n")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+    return token
+
+
+def _announce(service: DispatchService, network: Network, token: str | None) -> Announcement:
+    """Write server.json; without it, nobody could know a token that nobody gave.
+
+    Raises StorageError, and UsageError when something else stands in its place.
+    """
+    state_dir = service.settings.state_dir
+    remove_partial_files(state_dir)
+    url = f"http://{_reachable(network.host)}:{network.listener.getsockname()[1]}"
+    state = "complete" if service.finished.is_set() else "running"
+    content = ServerFile(url, token, service.run_id, service.epoch, os.getpid(), state)
+    announcement = Announcement(server_file_in(state_dir), content)
+    try:
+        announcement.write(state)
+    except OSError as error:
+        if token is not None and token != network.token:
+            raise StorageError(
+                f"cannot write {announcement.path}: {error.strerror}; workers would not learn the "
+                "token: make room, or give one with --token-file"
+            ) from error
+        announcement.complain(error)
+    return announcement
+
+
+def _print_start(service: DispatchService, announcement: Announcement) -> None:
+    settings, content = service.settings, announcement.content
     if service.finished.is_set():
         print(f"dispatcher-server: the run is complete, {settings.outfile} is whole", flush=True)
+        return
+    print(f"dispatcher-server: run {content.run} at {content.url}", flush=True)
+    if content.token is not None:
+        print(
+            f"  workers connect with --dispatcher @{announcement.path}; older clients, which send "
+            "no token, need a server with --no-auth",
+            flush=True,
+        )
     else:
-        print(f"dispatcher-server: run {service.run_id} at {url}", flush=True)
-        print(f"  {settings.infile} -> {settings.outfile}", flush=True)
-    _write_server_file(settings, where)
+        print(
+            "  --no-auth: everybody who reaches this port may take work and hand in results",
+            flush=True,
+        )
+    print(f"  {settings.infile} -> {settings.outfile}", flush=True)
+
+
+async def _serve_until_end(
+    service: DispatchService, announcement: Announcement, stop: asyncio.Event
+) -> int:
     await _first_of(stop.wait(), service.finished.wait(), service.stopped.wait())
     if service.failure is not None:
         raise service.failure
     if service.finished.is_set():
-        _write_server_file(settings, msgspec.structs.replace(where, state="complete"))
+        announcement.write_if_possible("complete")
         await _linger(service, stop)
         counters = service.queue.counters
         print(f"dispatcher-server: complete, {counters.done} lines, {counters.failed} with errors")
         return ExitCode.COMPLETE
     await _drain(service)
+    if service.failure is not None:  # perhaps another server has the run, and server.json, now
+        raise service.failure
     if service.finished.is_set():
-        _write_server_file(settings, msgspec.structs.replace(where, state="complete"))
+        announcement.write_if_possible("complete")
         return ExitCode.COMPLETE
-    _write_server_file(settings, msgspec.structs.replace(where, state="stopped"))
+    announcement.write_if_possible("stopped")
     print("dispatcher-server: stopped; start it again with the same arguments to go on")
     return ExitCode.STOPPED
 
@@ -209,10 +345,3 @@ def _reachable(host: str) -> str:
     if host in ("0.0.0.0", "::"):
         return socket.gethostname()
     return f"[{host}]" if ":" in host else host
-
-
-def _write_server_file(settings: RunSettings, content: ServerFile) -> None:
-    path = settings.state_dir / SERVER_FILE
-    # Only a pointer for people and commands; a full disk must not end a run over it.
-    with contextlib.suppress(OSError):
-        Files().write_whole(path, msgspec.json.encode(content) + b"\n", mode=0o600)

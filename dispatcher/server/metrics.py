@@ -14,8 +14,9 @@ from dispatcher.service import DispatchService
 class RunCollector(Collector):
     """Turns the service's state into metric families; keeps no numbers of its own."""
 
-    def __init__(self, service: DispatchService) -> None:
+    def __init__(self, service: DispatchService, connections: int) -> None:
         self._service = service
+        self._connections = connections
 
     def collect(self) -> Iterable[Metric]:
         """Return the metrics as they are now."""
@@ -45,13 +46,14 @@ class RunCollector(Collector):
                 queue.waiting_count,
             ),
             "dispatcher_workers": ("Workers that are alive.", status["workers"]),
+            "dispatcher_connections": ("Connections that are open.", self._connections),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value)
 
 
-def render_metrics(service: DispatchService) -> tuple[bytes, str]:
+def render_metrics(service: DispatchService, connections: int) -> tuple[bytes, str]:
     """Return the exposition and its content type."""
     registry = CollectorRegistry()
-    registry.register(RunCollector(service))
+    registry.register(RunCollector(service, connections))
     return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -23,6 +23,7 @@ import uvloop
 from dispatcher.config import Parser, add_run_limits, number, parse, run_settings_of
 from dispatcher.errors import DispatcherError, ExitCode, UsageError
 from dispatcher.models import WorkerStats
+from dispatcher.server_file import TOKEN_VARIABLE, token_given
 from dispatcher.taskmanager.backend.base import Backend
 from dispatcher.taskmanager.backend.fake import FakeBackend
 from dispatcher.taskmanager.backend.local import DEFAULT_MODEL, MAX_PARALLEL, LocalBackend
@@ -52,7 +53,18 @@ def build_parser() -> Parser:
     )
     add_task_options(parser)
     source = parser.add_argument_group("work")
-    source.add_argument("--dispatcher", metavar="HOST:PORT", help="server to take work from")
+    source.add_argument(
+        "--dispatcher",
+        metavar="ADDRESS",
+        help="server to take work from: @STATE/server.json, HOST:PORT or a URL",
+    )
+    source.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with the server's token (default: the one in server.json, if that is named, "
+        "else the variable DISPATCHER_TOKEN)",
+    )
     source.add_argument("--input", type=Path, metavar="FILE", help="file mode: input")
     source.add_argument("--output", type=Path, metavar="FILE", help="file mode: output")
     source.add_argument(
@@ -221,7 +233,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse combinations that argparse cannot."""
     has_files = args.input is not None or args.output is not None
     if (args.dispatcher is not None) == has_files:
-        raise UsageError("give either --dispatcher HOST:PORT or --input FILE --output FILE")
+        raise UsageError("give either --dispatcher ADDRESS or --input FILE --output FILE")
     if has_files and (args.input is None or args.output is None):
         raise UsageError("file mode needs both --input FILE and --output FILE")
     check_backend(args)
@@ -287,6 +299,7 @@ async def _run_manager(args: argparse.Namespace, task_class: type[Task], backend
             args.dispatcher,
             task_class,
             worker=worker,
+            token=_token(args),
             batch_size=args.batch_size,
             server_timeout_s=args.server_timeout,
             backend_up=backend.healthy,
@@ -316,6 +329,16 @@ async def _run_manager(args: argparse.Namespace, task_class: type[Task], backend
         raise
     manager = Manager(source, backend, workers=args.workers)
     await manager.run()
+
+
+def _token(args: argparse.Namespace) -> str | None:
+    """Return the token that the user gave; None leaves it to server.json."""
+    from_variable = token_given(None)
+    # Neither the task nor the model server that is started next needs it.
+    os.environ.pop(TOKEN_VARIABLE, None)
+    if args.token_file is not None:
+        return token_given(args.token_file)
+    return None if args.dispatcher.startswith("@") else from_variable
 
 
 def make_backend(args: argparse.Namespace, log_dir: Path) -> Backend:

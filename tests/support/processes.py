@@ -10,11 +10,15 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from dispatcher.client import WorkClient
+from dispatcher.server_file import read_server_file, server_file_in
 
 ROOT = Path(__file__).resolve().parents[2]
 START_S = 15.0
@@ -50,6 +54,11 @@ class Process:
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        """Return its process id."""
+        return self._popen.pid
 
     def _read(self) -> None:
         assert self._popen.stdout is not None
@@ -119,21 +128,50 @@ def run_python(
 
 @dataclass
 class Server:
-    """A dispatcher server that answers at `url`."""
+    """A dispatcher server that answers at `url` and wants `token`, if it wants any."""
 
     url: str
     process: Process
+    state_file: Path
+    token: str | None
 
     @property
     def address(self) -> str:
         """Return `host:port`."""
         return urlsplit(self.url).netloc
 
+    @property
+    def at(self) -> str:
+        """Return the `@PATH` by which workers find this server and its token."""
+        return f"@{self.state_file}"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Return the headers that let a call in."""
+        return {} if self.token is None else {"Authorization": f"Bearer {self.token}"}
+
+    @property
+    def admin_headers(self) -> dict[str, str]:
+        """Return the headers that let a call in that changes settings."""
+        admin_token = self.state_file.with_name("admin.token").read_text().strip()
+        return {"Authorization": f"Bearer {admin_token}"}
+
+    def client(self, worker: str | None = None) -> WorkClient:
+        """Return a client that this server lets in."""
+        return WorkClient(self.address, worker, token=self.token)
+
 
 @contextmanager
-def dispatcher_server(*flags: str | Path) -> Iterator[Server]:
+def dispatcher_server(*flags: str | Path, env: Mapping[str, str] | None = None) -> Iterator[Server]:
     """Run `python -m dispatcher.server` on a free port; yield once it says where it is."""
     command = (sys.executable, "-m", "dispatcher.server", "--port", "0", *flags)
-    with running(*command) as process:
+    with running(*command, env=env) as process:
         match = process.wait_for_line(_READY)
-        yield Server(match[2], process)
+        state_file = server_file_in(_state_dir(flags))
+        yield Server(match[2], process, state_file, read_server_file(state_file).token)
+
+
+def _state_dir(flags: Sequence[str | Path]) -> Path:
+    given = dict(pairwise(flags))
+    state = given.get("--state") or given.get("--checkpoint")
+    return Path(state) if state else Path(f"{given['--outfile']}.dispatch")

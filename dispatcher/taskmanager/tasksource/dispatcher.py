@@ -7,13 +7,14 @@ process's event loop does not cost the worker its leases.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
 from collections.abc import Callable
 
 from dispatcher.client import AsyncWorkClient, WorkClient
-from dispatcher.errors import BadRequestError
+from dispatcher.errors import AccessDeniedError, BadRequestError, DispatcherError, UsageError
 from dispatcher.models import HeartbeatRequest, HeartbeatResponse, WorkerStats, WorkStatus
 from dispatcher.taskmanager.task.base import Task
 from dispatcher.taskmanager.tasksource.base import Assignment
@@ -28,17 +29,23 @@ log = logging.getLogger(__name__)
 
 
 class Heartbeats:
-    """Sends a heartbeat three times a lease term, at least every 5 s, until stopped."""
+    """Sends a heartbeat three times a lease term, at least every 5 s, until stopped.
+
+    A server that does not let this worker in ends them: `on_refusal` gets the error.
+    """
 
     def __init__(
         self,
         address: str,
+        token: str | None,
         describe: Callable[[], HeartbeatRequest],
         on_reply: Callable[[HeartbeatResponse], None],
+        on_refusal: Callable[[DispatcherError], None],
     ) -> None:
-        self._client = WorkClient(address, timeout_s=_HEARTBEAT_TIMEOUT_S)
+        self._client = WorkClient(address, token=token, timeout_s=_HEARTBEAT_TIMEOUT_S)
         self._describe = describe
         self._on_reply = on_reply
+        self._on_refusal = on_refusal
         self._loop = asyncio.get_running_loop()
         self._stop = threading.Event()
         self._lag_s = 0.0
@@ -63,6 +70,10 @@ class Heartbeats:
             except BadRequestError as error:
                 log.warning("%s", error)
                 reply = HeartbeatResponse(WorkStatus.SERVER_UNAVAILABLE)
+            except (AccessDeniedError, UsageError) as error:
+                with contextlib.suppress(RuntimeError):  # the process is ending
+                    self._loop.call_soon_threadsafe(self._give_up, error)
+                break
             if reply.status is WorkStatus.OK:
                 term_s = reply.lease_term_s
             try:
@@ -74,6 +85,11 @@ class Heartbeats:
             self._stop.wait(pause_s if answered else min(1.0, term_s / 10))
         self._client.close()
 
+    def _give_up(self, error: DispatcherError) -> None:
+        self.first_sent.set()
+        if not self._stop.is_set():
+            self._on_refusal(error)
+
     def _deliver(self, reply: HeartbeatResponse, sent_at: float) -> None:
         self._lag_s = time.monotonic() - sent_at
         self.first_sent.set()
@@ -82,7 +98,7 @@ class Heartbeats:
 
 
 class DispatcherTaskSource(LeasedSource):
-    """Items of a dispatcher server at `address`."""
+    """Items of a dispatcher server at `address`, which may be @PATH (see client.py)."""
 
     def __init__(
         self,
@@ -90,12 +106,13 @@ class DispatcherTaskSource(LeasedSource):
         task_class: type[Task],
         *,
         worker: str,
+        token: str | None = None,
         batch_size: int,
         server_timeout_s: float,
         backend_up: Callable[[], bool],
         stats: Callable[[], WorkerStats],
     ) -> None:
-        self._client = AsyncWorkClient(address, worker)
+        self._client = AsyncWorkClient(address, worker, token=token)
         super().__init__(
             self._client,
             task_class,
@@ -105,12 +122,19 @@ class DispatcherTaskSource(LeasedSource):
             backend_up=backend_up,
             stats=stats,
         )
-        self._heartbeats = Heartbeats(address, self.heartbeat_request, self.take_verdict)
+        self._heartbeats = Heartbeats(
+            address, token, self.heartbeat_request, self.take_verdict, self._fail
+        )
 
     async def is_over(self) -> bool:
         """Say whether the run is complete, before a model is loaded for nothing."""
-        status = await self._client.status()
-        if status.get("state") != "complete":
+        try:
+            status = await self._client.status()
+        except BaseException:  # refused, or stopped by a signal: nothing was begun
+            await self._client.close()
+            raise
+        is_over = status["state"] == "complete" if "state" in status else self._client.left_complete
+        if not is_over:
             return False
         await self._client.close()
         return True
@@ -120,14 +144,30 @@ class DispatcherTaskSource(LeasedSource):
         self._heartbeats.start()
         # Leases given before the first heartbeat would be those of a client without any.
         await self._heartbeats.first_sent.wait()
+        if self._failure is not None:
+            raise self._failure
         await super().start(wanted)
 
     async def give_back(self, assignments: list[Assignment], reason: str) -> None:
         """Stop heartbeats and release everything."""
         self._heartbeats.stop()
-        await super().give_back(assignments, reason)
+        try:
+            await super().give_back(assignments, reason)
+        except (AccessDeniedError, UsageError) as error:
+            # Why this worker ends, most likely; there is nobody to give anything back to.
+            log.warning("%s", error)
+        finally:
+            await self._client.close()
 
     async def close(self) -> None:
         """Return when everything is reported."""
         await super().close()
         self._heartbeats.stop()
+
+    def _fail(self, error: DispatcherError) -> None:
+        """End the work: the manager gets `error` when it asks for the next item."""
+        self._failure = self._failure or error
+        self._something_to_take.set()
+        for task in (self._exchange, self._poll):
+            if task is not None:
+                task.cancel()

@@ -1,0 +1,183 @@
+"""`<state>/server.json`: where a run is served and the token for it; and files that hold a token.
+
+Who can read such a file may take work and hand in results, so it is written for its owner alone
+and is not believed when somebody else could have read or written it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from pathlib import Path
+
+import msgspec
+
+from dispatcher.errors import UsageError
+from dispatcher.storage.files import Files
+
+SERVER_FILE = "server.json"
+ADMIN_TOKEN_FILE = "admin.token"
+TOKEN_VARIABLE = "DISPATCHER_TOKEN"
+
+_TOKEN_BYTES = 32
+_TOKEN_LENGTHS = (16, 1024)
+_LONGEST_FILE_BYTES = 1 << 16
+_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
+
+class ServerFile(msgspec.Struct):
+    """What server.json holds; `token` is None when the server asks for none.
+
+    `state` is `running`, `complete` or `stopped`.
+    """
+
+    url: str
+    token: str | None
+    run: str
+    epoch: int
+    pid: int
+    state: str
+
+
+def server_file_in(state_dir: Path) -> Path:
+    """Return the path of a run's server.json."""
+    return state_dir / SERVER_FILE
+
+
+def read_server_file(path: Path) -> ServerFile:
+    """Read the server.json at `path`, or in the state directory at `path`.
+
+    Raises FileNotFoundError when it is not there (yet), OSError when it cannot be read, and
+    UsageError when it cannot be trusted or does not hold what it should.
+    """
+    if path.is_dir():
+        path = server_file_in(path)
+    remedy = "remove it, and a server that is started again writes it anew"
+    content = _read_private(path, remedy)
+    try:
+        found = msgspec.json.decode(content, type=ServerFile)
+        if found.token is not None:
+            check_token(found.token, f"the token in {path}")
+        return found
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} is not the server.json of a dispatcher server ({error}); {remedy}"
+        ) from error
+
+
+def write_server_file(path: Path, content: ServerFile, files: Files | None = None) -> None:
+    """Replace server.json atomically and durably, readable by its owner alone.
+
+    Raises UsageError when something else than a file stands there, OSError when it cannot be
+    written; either way the earlier file is still whole.
+    """
+    write_private(path, msgspec.json.encode(content) + b"\n", files)
+
+
+def write_private(path: Path, content: bytes, files: Files | None = None) -> None:
+    """Replace a small file atomically and durably with one that its owner alone can read."""
+    files = files or Files()
+    _check_replaceable(path)
+    # A name nobody can guess and O_EXCL: no file or link that lies in wait is written through.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    fd = files.open(partial, flags, 0o600)
+    try:
+        try:
+            files.write_at(fd, content, 0)
+            files.sync(fd)
+        finally:
+            files.close(fd)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            files.unlink(partial)
+        raise
+    files.sync_dir(path.parent)
+
+
+def remove_partial_files(state_dir: Path) -> None:
+    """Remove what a process that died while it wrote one of these files left behind."""
+    for name in (SERVER_FILE, ADMIN_TOKEN_FILE):
+        for partial in state_dir.glob(f".{name}.*.tmp"):
+            with contextlib.suppress(OSError):
+                partial.unlink()
+
+
+def new_token() -> str:
+    """Return a token that cannot be guessed: 256 random bits."""
+    return secrets.token_urlsafe(_TOKEN_BYTES)
+
+
+def read_token_file(path: Path) -> str:
+    """Return the token that a file holds, a file of this user that nobody else can read.
+
+    Raises FileNotFoundError, OSError, and UsageError with what is wrong and what to do.
+    """
+    content = _read_private(path, "write a new token to a new file")
+    return check_token(content.decode("ascii", "replace").strip(), f"the token in {path}")
+
+
+def token_given(token_file: Path | None) -> str | None:
+    """Return the token a user gave: in `--token-file`, else in DISPATCHER_TOKEN, else None.
+
+    Raises UsageError.
+    """
+    if token_file is not None:
+        try:
+            return read_token_file(token_file)
+        except OSError as error:
+            raise UsageError(f"cannot read --token-file {token_file}: {error.strerror}") from error
+    token = os.environ.get(TOKEN_VARIABLE)
+    return check_token(token, TOKEN_VARIABLE) if token else None
+
+
+def check_token(token: str, name: str) -> str:
+    """Return `token`, or raise UsageError that says what a token is and never shows it."""
+    least, most = _TOKEN_LENGTHS
+    printable = token.isascii() and token.isprintable() and " " not in token
+    if not printable or not least <= len(token) <= most:
+        raise UsageError(
+            f"{name} must be {least} to {most} printable ASCII characters without spaces"
+        )
+    return token
+
+
+def _read_private(path: Path, remedy: str) -> bytes:
+    try:
+        # Not blocking, so that a pipe in the file's place is refused and not waited for.
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if path.is_symlink():
+            problem = "is a symbolic link, which is not followed"
+        elif isinstance(error, PermissionError):
+            problem = "may not be read by this user"
+        else:
+            raise
+        raise UsageError(f"{path} {problem}; {remedy}") from error
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise UsageError(f"{path} is not a regular file; {remedy}")
+        if found.st_uid not in (os.geteuid(), 0):
+            raise UsageError(f"{path} belongs to another user; {remedy}")
+        if found.st_mode & _OTHERS:
+            raise UsageError(
+                f"{path} holds a token that others can read or change (its mode is "
+                f"{stat.S_IMODE(found.st_mode):04o}); {remedy}, or chmod 600 it if nobody did"
+            )
+        return os.read(fd, _LONGEST_FILE_BYTES)
+    finally:
+        os.close(fd)
+
+
+def _check_replaceable(path: Path) -> None:
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        kind = "a symbolic link" if stat.S_ISLNK(mode) else "not a regular file"
+        raise UsageError(f"{path} is {kind}; remove it, it is written anew")
