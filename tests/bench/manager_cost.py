@@ -88,8 +88,9 @@ def measure(directory: Path, items: int, in_flight: int) -> None:
         output = ["--input", infile, "--output", directory / "file.jsonl"]
         report("file mode", child_cpu_seconds([*common, *output]), items, plain_s)
         files = ["--infile", infile, "--outfile", directory / "server.jsonl", "--port", "0"]
-        with started("dispatcher.server", *files, ready=r"at (http\S+)") as (_, url):
-            used_s = child_cpu_seconds([*common, "--dispatcher", url])
+        with started("dispatcher.server", *files, ready=r"at (http\S+)"):
+            address = f"@{directory / 'server.jsonl.dispatch'}"
+            used_s = child_cpu_seconds([*common, "--dispatcher", address])
             report("worker of a server", used_s, items, plain_s)
 
 

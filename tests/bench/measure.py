@@ -27,8 +27,11 @@ def peak_mib(pid: int) -> float:
 
 
 @contextmanager
-def started(*arguments: str | Path, ready: str) -> Iterator[tuple[int, str]]:
-    """Run a Python module; yield its process id and the URL in the line that matches `ready`."""
+def started(*arguments: str | Path, ready: str, kill: bool = False) -> Iterator[tuple[int, str]]:
+    """Run a Python module; yield its process id and the URL in the line that matches `ready`.
+
+    It is ended with SIGTERM, or with SIGKILL.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", *map(str, arguments)],
         stdout=subprocess.PIPE,
@@ -44,5 +47,5 @@ def started(*arguments: str | Path, ready: str) -> Iterator[tuple[int, str]]:
         else:
             raise RuntimeError(f"{arguments[0]} ended with exit code {process.wait()}")
     finally:
-        process.terminate()
+        process.kill() if kill else process.terminate()
         process.communicate(timeout=30)
