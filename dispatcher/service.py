@@ -473,7 +473,7 @@ class DispatchService:
         arrivals: list[Arrival] = []
         largest = self.settings.max_result_bytes
         for item in items:
-            serial = _serial_of(item.lease)
+            serial = _serial_of(item.lease) if item.lease is not None else None
             wrong_run = item.run is not None and item.run != run_id
             result = None if wrong_run else valid_result(item.result, largest)
             if result is not None:
@@ -765,12 +765,10 @@ def valid_result(text: str | None, max_bytes: int) -> bytes | None:
     return result if len(result) <= max_bytes else None
 
 
-def _serial_of(lease: str | None) -> int | None:
+def _serial_of(lease: str) -> int:
     """Return the number of a lease, 0 for what is none; it need not be one of the item."""
-    if lease is None:
-        return None
     try:
-        return int(lease[lease.index(".") + 1 :])
+        return int(lease.partition(".")[2])
     except ValueError:
         return 0
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -280,32 +280,42 @@ class WorkQueue:
         """Take one result, as `finish_all` does."""
         return self.finish_all([(work_id, serial, result, failed)], now)[0]
 
-    def finish_all(self, arrivals: Iterable[Arrival], now: float) -> list[Outcome]:
+    def finish_all(self, arrivals: Sequence[Arrival], now: float) -> list[Outcome]:
         """Take results. The first valid one of an item wins, whoever sends it, however late."""
-        outcomes: list[Outcome] = []
-        work_ids: list[int] = []
-        serials: list[int] = []
-        errors: list[int] = []
-        results: list[msgspec.Raw] = []
-        items, leases, taken = self.items, self.leases, set[int]()
-        for work_id, serial, result, failed in arrivals:
-            if work_id in taken or (work_id not in items and not self._is_replaceable(work_id)):
-                known = 0 <= work_id < self.next_work_id
-                outcomes.append(Outcome.DUPLICATE if known else Outcome.UNKNOWN)
-                continue
+        named = {arrival[0] for arrival in arrivals}
+        taken = arrivals
+        outcomes = [Outcome.ACCEPTED] * len(arrivals)
+        if len(named) < len(arrivals) or not named <= self.items.keys():
+            taken, outcomes = self._sort_out(arrivals)
+        if not taken:
+            return outcomes
+        leases = self.leases
+        for work_id, serial, _, _ in taken:
             lease = leases.get(serial or 0)  # serials count from 1
             if lease is not None and lease.work_id == work_id:
                 self._note_finish(lease, now)
-            taken.add(work_id)
-            work_ids.append(work_id)
-            serials.append(serial or 0)
-            results.append(msgspec.Raw(result))
-            if failed:
-                errors.append(work_id)
-            outcomes.append(Outcome.ACCEPTED)
-        if work_ids:
-            self._record(Finished(work_ids, serials, errors, results), now)
+        event = Finished(
+            [arrival[0] for arrival in taken],
+            [arrival[1] or 0 for arrival in taken],
+            [arrival[0] for arrival in taken if arrival[3]],
+            [msgspec.Raw(arrival[2]) for arrival in taken],
+        )
+        self._record(event, now)
         return outcomes
+
+    def _sort_out(self, arrivals: Sequence[Arrival]) -> tuple[list[Arrival], list[Outcome]]:
+        """Return which of the results are wanted, and what becomes of each."""
+        taken: dict[int, Arrival] = {}
+        outcomes: list[Outcome] = []
+        for arrival in arrivals:
+            work_id = arrival[0]
+            if work_id not in taken and (work_id in self.items or self._is_replaceable(work_id)):
+                taken[work_id] = arrival
+                outcomes.append(Outcome.ACCEPTED)
+            else:
+                known = 0 <= work_id < self.next_work_id
+                outcomes.append(Outcome.DUPLICATE if known else Outcome.UNKNOWN)
+        return list(taken.values()), outcomes
 
     def _note_finish(self, lease: Lease, now: float) -> None:
         since = lease.issued_at if lease.started_at is None else lease.started_at

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 from collections.abc import Sized
-from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Any, TypeVar
 
 import msgspec
@@ -24,48 +24,50 @@ MAX_ITEMS = 1 << 14
 MAX_HELD = 1 << 17
 _LONGEST_INT = 18
 
-_OPEN_PATHS = frozenset(("/", "/healthz"))
-_ADMIN_PATHS = frozenset(("/work_timeout",))
+_OPEN_PATHS = ("/", "/healthz")
 
 
-@dataclass(frozen=True, slots=True)
-class Denial:
-    """Why a call is refused before anything of it is done."""
+class Role(Enum):
+    """What a caller may do: nothing; everything but change settings; everything."""
 
-    status: int
-    message: str
+    STRANGER = auto()
+    WORKER = auto()
+    ADMIN = auto()
+
+
+# Python 3.11 looks an enumeration's member up in Python code, which every request would pay.
+STRANGER, WORKER, ADMIN = Role
 
 
 class Gate:
-    """Lets calls through that show the right token; without tokens, all of them.
-
-    The admin token opens everything, the other one everything but what changes settings.
-    """
+    """Tells callers apart by the token they show; without tokens, all of them may do all."""
 
     def __init__(self, token: str | None = None, admin_token: str | None = None) -> None:
         self._is_open = token is None
         self._worker = _bearer(token)
         self._admin = _bearer(admin_token)
 
-    def refuse(self, method: str, path: str, authorization: str | None) -> Denial | None:
-        """Return why a call is refused, or None."""
+    def role(self, authorization: str | None) -> Role:
+        """Return what the value of the header `Authorization` allows."""
         if self._is_open:
-            return None
-        shown = (authorization or "").encode("utf-8", "surrogateescape")
+            return ADMIN
+        if authorization is None:
+            return STRANGER
+        shown = authorization.encode("utf-8", "surrogateescape")
         if hmac.compare_digest(shown, self._worker):
-            is_admin = False
-        else:
-            # The scheme's name has no case (RFC 9110, section 11.1); ours send it as it is here.
-            scheme, _, secret = shown.partition(b" ")
-            shown = b"Bearer " + secret.strip() if scheme.lower() == b"bearer" else b""
-            is_admin = hmac.compare_digest(shown, self._admin)
-            if not (is_admin or hmac.compare_digest(shown, self._worker)):
-                if path in _OPEN_PATHS and method in ("GET", "HEAD"):
-                    return None
-                return Denial(401, _WRONG_TOKEN if authorization else _NO_TOKEN)
-        if path in _ADMIN_PATHS and not is_admin:
-            return Denial(403, _NOT_ADMIN)
-        return None
+            return WORKER
+        # The scheme's name has no case (RFC 9110, section 11.1); ours send it as it is here.
+        scheme, _, secret = shown.partition(b" ")
+        shown = b"Bearer " + secret.strip() if scheme.lower() == b"bearer" else b""
+        if hmac.compare_digest(shown, self._admin):
+            return ADMIN
+        is_worker = hmac.compare_digest(shown, self._worker)
+        return WORKER if is_worker else STRANGER
+
+
+def is_for_everybody(method: str, path: str) -> bool:
+    """Say whether a call needs no token, as it tells nothing of the run."""
+    return path in _OPEN_PATHS and method in ("GET", "HEAD")
 
 
 def _bearer(token: str | None) -> bytes:
@@ -73,12 +75,12 @@ def _bearer(token: str | None) -> bytes:
     return f"Bearer {token}".encode() if token is not None else b"\n"
 
 
-_NO_TOKEN = (
+NO_TOKEN = (
     'this server wants a token in the header "Authorization: Bearer TOKEN"; it is in server.json '
     "in the run's state directory (older clients, which send none, need a server with --no-auth)"
 )
-_WRONG_TOKEN = "the token is not that of this run; server.json in its state directory has it"
-_NOT_ADMIN = (
+WRONG_TOKEN = "the token is not that of this run; server.json in its state directory has it"
+NOT_ADMIN = (
     "this changes settings of the run and wants the admin token, which is in admin.token in the "
     "run's state directory"
 )

@@ -11,7 +11,12 @@ import msgspec
 from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from dispatcher.errors import BadRequestError, DispatcherError, StorageFullError
+from dispatcher.errors import (
+    AccessDeniedError,
+    BadRequestError,
+    DispatcherError,
+    StorageFullError,
+)
 from dispatcher.models import (
     BatchResultResponse,
     HeartbeatRequest,
@@ -22,7 +27,7 @@ from dispatcher.models import (
     WorkStatus,
 )
 from dispatcher.server import access
-from dispatcher.server.access import Gate
+from dispatcher.server.access import ADMIN, STRANGER, Gate, is_for_everybody
 from dispatcher.server.connections import (
     HEADER_BYTES,
     BodyTooLateError,
@@ -33,6 +38,7 @@ from dispatcher.server.metrics import render_metrics
 from dispatcher.service import DispatchService
 
 SERVICE = web.AppKey("service", DispatchService)
+GATE = web.AppKey("gate", Gate)
 CONNECTIONS = web.AppKey("connections", Connections)
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _encode = msgspec.json.Encoder().encode
@@ -69,6 +75,7 @@ def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -
 
 async def listen(app: web.Application, gate: Gate, listener: socket.socket) -> web.AppRunner:
     """Accept the calls that `gate` lets through, until `stop_listening`."""
+    app[GATE] = gate
     connections = app[CONNECTIONS]
     http_log = logging.getLogger(f"{__name__}.http")
     http_log.addFilter(_is_not_the_clients_fault)
@@ -111,19 +118,27 @@ class FrontDoor:
     def __init__(self, inside: Handler, gate: Gate, connections: Connections) -> None:
         self._inside = inside
         self._gate = gate
-        self._connections = connections
+        self._connections = connections.open
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
-        connection = self._connections.of(request)
+        body = request.content
+        is_here = body.is_eof()
+        connection = self._connections.get(request.protocol)
         if connection is not None:
-            connection.request_began(request.content)
+            connection.request_began(None if is_here else body)
         try:
-            refusal = self._refusal(request)
-            # Not `or`: in some versions of aiohttp a response is an empty mapping, and so false.
-            return refusal if refusal is not None else await self._inside(request)
+            shown = request.headers.get(hdrs.AUTHORIZATION)
+            role = self._gate.role(shown)
+            if role is STRANGER and not is_for_everybody(request.method, request.path):
+                return _unauthorized(access.WRONG_TOKEN if shown else access.NO_TOKEN)
+            if not is_here and (request.content_length or 0) > access.BODY_BYTES:
+                return _closing(_problem(413, _TOO_LARGE))
+            return await self._inside(request)
         except BadRequestError as error:
             return _problem(400, str(error))
+        except AccessDeniedError as error:
+            return _problem(403, str(error))
         except StorageFullError as error:
             return _problem(507, str(error))
         except DispatcherError as error:
@@ -142,19 +157,6 @@ class FrontDoor:
         finally:
             if connection is not None:
                 connection.request_ended()
-
-    def _refusal(self, request: web.BaseRequest) -> web.Response | None:
-        """Refuse what need not be read: calls without the right token, too large bodies."""
-        shown = request.headers.get(hdrs.AUTHORIZATION)
-        denial = self._gate.refuse(request.method, request.path, shown)
-        if denial is not None:
-            reply = _problem(denial.status, denial.message)
-            if denial.status == 401:
-                reply.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
-            return _closing(reply)
-        if not request.content.is_eof() and (request.content_length or 0) > access.BODY_BYTES:
-            return _closing(_problem(413, _TOO_LARGE))
-        return None
 
 
 async def get_work(request: web.Request) -> web.Response:
@@ -216,6 +218,8 @@ async def get_status(request: web.Request) -> web.Response:
 
 async def post_work_timeout(request: web.Request) -> web.Response:
     """POST /work_timeout"""
+    if request.app[GATE].role(request.headers.get(hdrs.AUTHORIZATION)) is not ADMIN:
+        raise AccessDeniedError(access.NOT_ADMIN)
     timeout_s = access.decode(await request.read(), WorkTimeout).timeout
     if not 0 < timeout_s < float("inf"):
         raise BadRequestError('"timeout" must be seconds above 0')
@@ -268,6 +272,12 @@ def _http_problem(error: web.HTTPException) -> web.Response:
     if "Allow" in error.headers:
         reply.headers["Allow"] = error.headers["Allow"]
     return reply
+
+
+def _unauthorized(message: str) -> web.Response:
+    reply = _problem(401, message)
+    reply.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
+    return _closing(reply)
 
 
 def _problem(status: int, message: str) -> web.Response:

@@ -124,10 +124,10 @@ class Connection(asyncio.Protocol):
         """Pass it on."""
         self._inner.resume_writing()
 
-    def request_began(self, body: StreamReader) -> None:
-        """A request's header is whole. Its body has a time to arrive, its handler has none."""
+    def request_began(self, body: StreamReader | None) -> None:
+        """A request's header is whole. Its body, if not all here, has a time to arrive in."""
         self._state = _BUSY
-        if body.is_eof():
+        if body is None:
             self._deadline = inf
         else:
             self._body = body
@@ -159,18 +159,18 @@ class Connection(asyncio.Protocol):
 
 
 class Connections:
-    """All connections of a server, within their limits."""
+    """All connections of a server, within their limits; `open` has them by aiohttp's protocol."""
 
     def __init__(self, limits: ConnectionLimits) -> None:
         self.limits = limits
-        self._open: dict[asyncio.BaseProtocol, Connection] = {}
+        self.open: dict[asyncio.BaseProtocol, Connection] = {}
         self.clock = asyncio.get_running_loop().time
         self._server: asyncio.Server | None = None
         self._watch: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         """How many are open."""
-        return len(self._open)
+        return len(self.open)
 
     async def start(self, server: web.Server, listener: socket.socket) -> None:
         """Accept connections for aiohttp's `server` from now on."""
@@ -190,18 +190,14 @@ class Connections:
 
     def add(self, inner: asyncio.BaseProtocol, connection: Connection) -> bool:
         """Count a connection in; False when there are as many as may be."""
-        if len(self._open) >= self.limits.max_connections:
+        if len(self.open) >= self.limits.max_connections:
             return False
-        self._open[inner] = connection
+        self.open[inner] = connection
         return True
 
     def remove(self, inner: asyncio.BaseProtocol) -> None:
         """Count a connection out."""
-        self._open.pop(inner, None)
-
-    def of(self, request: web.BaseRequest) -> Connection | None:
-        """Return the connection that a request came over."""
-        return self._open.get(request.protocol)
+        self.open.pop(inner, None)
 
     async def _watch_forever(self) -> None:
         shortest_s = min(self.limits.header_s, self.limits.body_s, self.limits.idle_s)
@@ -209,7 +205,7 @@ class Connections:
         while True:
             await asyncio.sleep(pause_s)
             now = self.clock()
-            for connection in list(self._open.values()):
+            for connection in list(self.open.values()):
                 connection.look(now)
 
 

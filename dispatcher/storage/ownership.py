@@ -5,8 +5,9 @@ systems have none, or locks that end at the node. So there is also a claim: the 
 `owners/<epoch>`, created exclusively, one number higher for each start. Its owner rewrites it
 every REFRESH_S seconds (with a count, because clocks and time stamps of nodes differ) after
 looking for a higher one, and stops acknowledging when it could not do so for CONFIRM_WITHIN_S.
-Another process takes over at once when the owner ended or is known to be dead, else after it saw
-no new count for TAKEOVER_AFTER_S: by then the owner, should it still live, acknowledges nothing.
+Another process takes over at once when the owner ended or is known to be dead. Else it watches for
+TAKEOVER_AFTER_S, claims when it saw no new count, and waits SETTLE_S more before it reads anything:
+by then the owner, should it still live, has noticed or acknowledges nothing. Half a minute in all.
 (A lease with a fencing number: C. Gray and D. Cheriton, "Leases", SOSP 1989.)
 """
 
@@ -31,8 +32,10 @@ from dispatcher.storage.files import Files
 OWNERS_DIR = "owners"
 REFRESH_S = 5.0
 CONFIRM_WITHIN_S = 10.0
-TAKEOVER_AFTER_S = 30.0
+TAKEOVER_AFTER_S = 20.0
+SETTLE_S = CONFIRM_WITHIN_S + 1.0
 _LOOK_AGAIN_S = 0.5
+_CONFIRM_TRIES = 3
 _CLAIM_BYTES = 512
 
 
@@ -145,7 +148,7 @@ class Ownership:
         self._count = 0
         self._settled = True
         self._confirming = threading.Lock()
-        self._seen: tuple[bytes, float] | None = None
+        self._seen: tuple[int, Claim | None, float] | None = None
         self._may_begin_at = float("-inf")
 
     # ---------------------------------------------------------------- taking
@@ -182,25 +185,32 @@ class Ownership:
             raise self._refusal(self._read(self._newest()))
 
     def _look_at_newest(self, epoch_floor: int) -> float:
+        now = self._clock()  # before the look: this process may be stopped at any point
         newest = self._newest()
-        content = self._content(newest)
-        claim = _decode(content)
+        claim = self._read(newest)
         free = newest == 0 or (
             claim is not None and (claim.ended or self._identity.knows_dead(claim.owner))
         )
-        now = self._clock()
-        if not free and not self._takeover:
-            if self._seen is None:
-                self._seen = (content, now)
-            if content != self._seen[0]:
-                raise self._refusal(claim)
-            if now - self._seen[1] < TAKEOVER_AFTER_S:
-                return _LOOK_AGAIN_S
-        elif not free or (claim is not None and not claim.settled):
-            # Somebody may live: let the time pass in which it could still acknowledge.
-            self._settled = False
-            self._may_begin_at = now + CONFIRM_WITHIN_S + 1.0
-        return 0.0 if self._claim(max(newest, epoch_floor) + 1) else _LOOK_AGAIN_S
+        if not free and not self._takeover and (wait_s := self._watch(newest, claim, now)):
+            return wait_s
+        # What is not certainly free may be somebody's who lives: it gets time to notice.
+        self._settled = free and (claim is None or claim.settled)
+        if not self._claim(max(newest, epoch_floor) + 1):
+            return _LOOK_AGAIN_S
+        if not self._settled:
+            self._may_begin_at = self._clock() + SETTLE_S
+        return 0.0
+
+    def _watch(self, epoch: int, claim: Claim | None, now: float) -> float:
+        """Return how long to wait before the next look; 0 when there was no sign of life."""
+        before = self._seen
+        if before is not None and (epoch, claim) != before[:2] and claim is not None:
+            raise self._refusal(claim)
+        if before is None or (epoch, claim) != before[:2]:
+            self._seen = (epoch, claim, now)
+        elif now - before[2] >= TAKEOVER_AFTER_S:
+            return 0.0
+        return _LOOK_AGAIN_S
 
     def _claim(self, epoch: int) -> bool:
         began = self._clock()
@@ -240,31 +250,45 @@ class Ownership:
         StorageError when it cannot be told now.
         """
         with self._confirming:
-            self._confirm()
+            for _ in range(_CONFIRM_TRIES):
+                self._confirm()
+                if self.is_confirmed:
+                    return
+                # It took so long that it says nothing any more.
+        raise StorageError(
+            f"the claim on the run in {self._state_dir} cannot be confirmed in less than "
+            f"{CONFIRM_WITHIN_S:g} s: the file system is too slow"
+        )
 
     def _confirm(self) -> None:
         began = self._clock()
         try:
-            newest = self._newest()
-            if newest > self.epoch:
-                raise RunLockedError(
-                    f"{self._owner_text(self._read(newest))} took over the run in "
-                    f"{self._state_dir} (epoch {newest}); this process had stopped or lost touch "
-                    "with the state directory, and ends without harm"
-                )
-            if newest < self.epoch:
-                raise StateError(
-                    f"the claim on the run in {self._state_dir} is gone: was the state "
-                    "directory removed? Nothing is acknowledged any more; restore the "
-                    "directory and start the same command again"
-                )
+            self._judge(self._newest())
             self._count += 1
-            self._rewrite(ended=False)
+            try:
+                self._rewrite(ended=False)
+            except FileNotFoundError:  # the one who took over has just removed it
+                self._judge(self._newest())
+                raise
         except OSError as error:
             raise StorageError(
                 f"cannot confirm the claim on the run in {self._state_dir}: {error.strerror}"
             ) from error
         self._confirmed_at = began
+
+    def _judge(self, newest: int) -> None:
+        if newest > self.epoch:
+            raise RunLockedError(
+                f"{self._owner_text(self._read(newest))} took over the run in {self._state_dir} "
+                f"(epoch {newest}); this process had stopped or lost touch with the state "
+                "directory, and ends without harm"
+            )
+        if newest < self.epoch:
+            raise StateError(
+                f"the claim on the run in {self._state_dir} is gone: was the state directory "
+                "removed? Nothing is acknowledged any more; restore the directory and start the "
+                "same command again"
+            )
 
     def release(self) -> None:
         """Let the next process have the run."""
@@ -298,11 +322,8 @@ class Ownership:
     def _newest(self) -> int:
         return max(self._epochs(), default=0)
 
-    def _content(self, epoch: int) -> bytes:
-        return self._files.read_whole(self._directory / _name(epoch)) or b""
-
     def _read(self, epoch: int) -> Claim | None:
-        return _decode(self._content(epoch))
+        return _decode(self._files.read_whole(self._directory / _name(epoch)) or b"")
 
     def _refusal(self, claim: Claim | None) -> RunLockedError:
         return RunLockedError(

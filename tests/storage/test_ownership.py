@@ -23,6 +23,7 @@ from dispatcher.storage.ownership import (
     CONFIRM_WITHIN_S,
     OWNERS_DIR,
     REFRESH_S,
+    SETTLE_S,
     TAKEOVER_AFTER_S,
     Claim,
     Identity,
@@ -147,7 +148,7 @@ def test_a_silent_owner_on_another_host_is_waited_for(state_dir: Path, clock: Cl
     first = owner(state_dir, clock, "a")
     second = server(state_dir, clock, "b")
     waited_s = take_in_time(second, clock)
-    assert TAKEOVER_AFTER_S <= waited_s <= TAKEOVER_AFTER_S + 1
+    assert 0 <= waited_s - TAKEOVER_AFTER_S - SETTLE_S <= 1
     assert second.is_confirmed
     assert not first.is_confirmed
 
@@ -272,13 +273,14 @@ def test_the_confirmation_counts_from_before_the_look(state_dir: Path, clock: Cl
 
     first = owner(state_dir, clock, "a", files=Slow())
     assert not first.is_confirmed
-    first.confirm()
+    with pytest.raises(StorageError, match="too slow"):
+        first.confirm()
     assert not first.is_confirmed
 
 
 def test_a_refresh_comes_often_enough() -> None:
     assert REFRESH_S * 2 <= CONFIRM_WITHIN_S
-    assert CONFIRM_WITHIN_S * 2 < TAKEOVER_AFTER_S
+    assert min(TAKEOVER_AFTER_S, SETTLE_S) > CONFIRM_WITHIN_S
 
 
 # -------------------------------------------------------------------- who is dead
@@ -553,9 +555,13 @@ def test_of_two_that_start_at_the_same_instant_exactly_one_has_the_run(
             files.steps = 0
         has_it["a"] = tried(first)
         if "b" not in has_it:
-            assert cases > 10
+            assert cases >= 10
             break
         cases += 1
+        if found == "a torn claim of a dead owner":
+            # Who may still live is given time to notice.
+            clock.now += SETTLE_S
+            has_it = {"a": tried(first), "b": tried(rival)}
         for one, name in ((first, "a"), (rival, "b")):
             try:
                 one.confirm()

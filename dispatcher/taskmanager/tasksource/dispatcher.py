@@ -49,7 +49,7 @@ class Heartbeats:
         self._loop = asyncio.get_running_loop()
         self._stop = threading.Event()
         self._lag_s = 0.0
-        self.first_sent = asyncio.Event()
+        self.first_taken = asyncio.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     def start(self) -> None:
@@ -86,14 +86,14 @@ class Heartbeats:
         self._client.close()
 
     def _give_up(self, error: DispatcherError) -> None:
-        self.first_sent.set()
+        self.first_taken.set()
         if not self._stop.is_set():
             self._on_refusal(error)
 
     def _deliver(self, reply: HeartbeatResponse, sent_at: float) -> None:
         self._lag_s = time.monotonic() - sent_at
-        self.first_sent.set()
         if reply.status is WorkStatus.OK:
+            self.first_taken.set()
             self._on_reply(reply)
 
 
@@ -143,7 +143,11 @@ class DispatcherTaskSource(LeasedSource):
         """Make this worker known to the server, then begin to fetch."""
         self._heartbeats.start()
         # Leases given before the first heartbeat would be those of a client without any.
-        await self._heartbeats.first_sent.wait()
+        try:
+            async with asyncio.timeout(self._server_timeout_s):
+                await self._heartbeats.first_taken.wait()
+        except TimeoutError:
+            raise self.server_lost(self._server_timeout_s) from None
         if self._failure is not None:
             raise self._failure
         await super().start(wanted)

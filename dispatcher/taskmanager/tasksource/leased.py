@@ -333,6 +333,13 @@ class LeasedSource(WorkSource):
             log.info("the server answers again")
         self._away_since, self._failed_calls = None, 0
 
+    def server_lost(self, away_s: float) -> ServerLostError:
+        """Return the error that ends a worker whose server stayed away for so long."""
+        return ServerLostError(
+            f"the server did not answer for {away_s:.0f} s (--server-timeout); start the worker "
+            "again when the server is back"
+        )
+
     async def _wait_for_server(self) -> None:
         now = asyncio.get_running_loop().time()
         if self._away_since is None:
@@ -340,10 +347,7 @@ class LeasedSource(WorkSource):
         self._failed_calls += 1
         away_s = now - self._away_since
         if away_s > self._server_timeout_s:
-            raise ServerLostError(
-                f"the server did not answer for {away_s:.0f} s (--server-timeout); start the "
-                "worker again when the server is back"
-            )
+            raise self.server_lost(away_s)
         if self._failed_calls == 2:
             log.warning("the server does not answer; keeping what is held and trying again")
         await asyncio.sleep(
