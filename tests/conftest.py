@@ -27,6 +27,14 @@ def missing_part(item: pytest.Item) -> str | None:
     return None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the long tests that break things on purpose; they run last and side by side."""
+    for item in items:
+        is_slow = item.get_closest_marker("slow") is not None
+        if is_slow and item.path.parent.name in ("faults", "core", "storage"):
+            item.add_marker(pytest.mark.fault)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a test whose part is missing, and say so; in CI, fail it."""
     if (missing := missing_part(item)) is not None:

@@ -316,16 +316,16 @@ def test_a_line_that_kills_every_model_server_ends_as_a_tombstone_and_costs_no_o
     tmp_path: Path,
 ) -> None:
     infile, outfile, rules = (tmp_path / n for n in ("in.jsonl", "out.jsonl", "rules.yaml"))
-    write_prompts(infile, 60)
-    rules.write_text('- {match: "question 7$", exit: 1}\n')
+    write_prompts(infile, 500)
+    rules.write_text('- {match: "question 123$", exit: 1}\n')
     command = [sys.executable, "-m", "dispatcher.cli", "run", "--task", CHAT, "--backend", "fake"]
-    command += ["--input", str(infile), "--output", str(outfile), "--workers", "8"]
-    command += ["--max-retries", "1", f"--fakellm-args=--latency-s 0.3 --rules {rules}"]
+    command += ["--input", str(infile), "--output", str(outfile), "--workers", "16"]
+    command += ["--max-retries", "1", f"--fakellm-args=--latency-s 0.2 --rules {rules}"]
     with running(*command) as run:
         assert run.wait(deadline_s=120) == 4, run.output
     lines = read_lines(outfile)
-    assert [line.get("id") for line in lines] == [n if n != 7 else None for n in range(60)]
-    tombstone = lines[7]["__ERROR__"]
+    assert [line.get("id") for line in lines] == [n if n != 123 else None for n in range(500)]
+    tombstone = lines[123]["__ERROR__"]
     assert tombstone["error"] == "max_retries_exceeded"
     assert [attempt["kind"] for attempt in tombstone["attempts"]] == ["crashed"] * 4
     # Two crashes in company, then alone, where each is charged; nobody else pays.

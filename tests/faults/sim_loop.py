@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
@@ -23,7 +24,7 @@ _current: ContextVar[Process | None] = ContextVar("process", default=None)
 
 
 class DeadlockError(Exception):
-    """Nothing is scheduled any more, and what the simulation waits for never comes."""
+    """What the simulation waits for never comes: nothing is scheduled any more, or too much was."""
 
 
 class ProcessKilled(BaseException):
@@ -41,11 +42,13 @@ class _Timer(asyncio.TimerHandle):
 class VirtualLoop(asyncio.BaseEventLoop):
     """An event loop without I/O; its time passes when nothing else is left to do.
 
-    `defects` holds what was raised where nobody was there to catch it.
+    `defects` holds what was raised where nobody was there to catch it. After `most_callbacks` it
+    gives up, so that a loop that never ends is a failure and no standstill.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most_callbacks: int = sys.maxsize) -> None:
         super().__init__()
+        self._callbacks_left = most_callbacks
         self._now = 0.0
         self._due: deque[_Handle | _Timer] = deque()
         self._timers: list[tuple[float, int, _Timer]] = []
@@ -91,6 +94,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
         due = self._due
         if not due:
             self._pass_time()
+        self._callbacks_left -= len(due)
+        if self._callbacks_left < 0:
+            raise DeadlockError(f"too much happens, up to {self._now:.3f} s")
         for _ in range(len(due)):
             handle = due.popleft()
             if handle._cancelled:

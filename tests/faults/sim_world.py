@@ -707,8 +707,8 @@ class Worker:
         while True:
             request = self.source.heartbeat_request()
             reply = await self._link.heartbeat(request)
-            self._first_beat.set()
             if reply.status is WorkStatus.OK:
+                self._first_beat.set()
                 self._check_lost(reply.lost)
                 self.source.take_verdict(reply)
                 await asyncio.sleep(beat_s)

@@ -35,6 +35,7 @@ from tests.faults.sim_world import Conduct, OldClient, Server, Worker, World, pa
 HOSTS = ("host1", "host2")
 AFTER_FAULTS_S = 3000.0
 MOST_STARTS = 60
+MOST_CALLBACKS = 400_000
 _PATH_CHARACTERS = 100
 
 
@@ -527,7 +528,7 @@ def _quiet() -> Iterator[None]:
 def run_seed(seed: int, scenario: Scenario | None = None) -> Verdict:
     """Run one seed and judge it."""
     scenario = scenario or draw_scenario(seed)
-    loop = VirtualLoop()
+    loop = VirtualLoop(MOST_CALLBACKS)
     simulation = Simulation(scenario, input_of(scenario.lines), loop)
     small_segments = patched(writer, SEGMENT_RESULTS=scenario.segment_results)
     stepped_locks = patched(ownership, threading=SimpleNamespace(Lock=SteppedLock))

@@ -83,15 +83,9 @@ def test_of_two_servers_started_at_the_same_moment_one_works_and_the_other_names
     for number in range(4):
         with ExitStack() as stack:
             both = [stack.enter_context(run.server(host)) for host in ("node-a", "node-b")]
-            ended: list[Process] = []
-            waiting = [
-                threading.Thread(target=lambda p=p: (p.wait(60), ended.append(p))) for p in both
-            ]
-            for thread in waiting:
-                thread.start()
-            while not ended:
+            while not any(process.has_ended for process in both):
                 time.sleep(0.05)
-            (loser,) = ended
+            (loser,) = [process for process in both if process.has_ended]
             (winner,) = [process for process in both if process is not loser]
             assert loser.wait() == 1
             name = "node-a" if winner is both[0] else "node-b"
@@ -101,8 +95,7 @@ def test_of_two_servers_started_at_the_same_moment_one_works_and_the_other_names
             if number == 3:
                 run.finish(winner, [])
             winner.stop()
-            for thread in waiting:
-                thread.join()
+            winner.wait()
 
 
 @pytest.mark.slow

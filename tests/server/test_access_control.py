@@ -456,8 +456,9 @@ def test_a_worker_follows_its_server_to_another_port_and_another_token(tmp_path:
 def test_a_worker_may_be_started_before_its_server(tmp_path: Path) -> None:
     flags = files(tmp_path)
     state_dir = tmp_path / "out.jsonl.dispatch"
-    with worker(f"@{state_dir / 'server.json'}") as process:
-        process.wait_for_line(re.compile("the server does not answer"), deadline_s=30)
+    logs = tmp_path / "logs"
+    with worker(f"@{state_dir / 'server.json'}", "--log-dir", logs) as process:
+        wait_until(logs.exists, "the worker's model server", deadline_s=30)
         with dispatcher_server(*flags):
             assert process.wait(deadline_s=60) == 0, process.output
 

@@ -79,6 +79,11 @@ class Process:
             if match := pattern.search(line):
                 return match
 
+    @property
+    def has_ended(self) -> bool:
+        """Say whether it has ended."""
+        return self._popen.poll() is not None
+
     def stop(self) -> None:
         """Ask it to end (SIGTERM)."""
         self.signal(signal.SIGTERM)
