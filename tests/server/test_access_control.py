@@ -81,6 +81,13 @@ def ask(
         connection.close()
 
 
+def start_lines(server: Server) -> list[str]:
+    """Return the three lines that a server says at its start."""
+    process = server.process
+    wait_until(lambda: process.output.count("\n") >= 3, "the server's first lines")
+    return process.output.splitlines()[:3]
+
+
 def status_of(server: Server, method: str, path: str, headers: dict[str, str]) -> int:
     return ask(server, method, path, headers)[0]
 
@@ -184,7 +191,7 @@ def test_tokens_have_256_bits_and_are_in_files_of_their_owner_alone(server: Serv
 
 
 def test_the_server_says_how_workers_connect_and_what_older_clients_need(server: Server) -> None:
-    first, second, *_ = server.process.output.splitlines()
+    first, second, _ = start_lines(server)
     assert re.fullmatch(r"dispatcher-server: run [0-9a-f]+ at http://127\.0\.0\.1:\d+", first)
     assert f"--dispatcher @{server.state_file}" in second
     assert "--no-auth" in second
@@ -332,7 +339,7 @@ def test_a_token_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_no_auth_lets_everybody_in_and_says_so(tmp_path: Path) -> None:
     with dispatcher_server(*files(tmp_path), "--no-auth") as server:
         assert server.token is None
-        assert "everybody who reaches this port" in server.process.output
+        assert "everybody who reaches this port" in start_lines(server)[1]
         for headers in ({}, bearer(OTHER)):
             assert status_of(server, "GET", "/status", headers) == 200
             body = b'{"timeout": 50}'

@@ -24,6 +24,7 @@ _HEARTBEAT_TIMEOUT_S = 10.0
 _BEATS_PER_TERM = 3
 _LONGEST_PAUSE_S = 5.0
 _FIRST_TERM_S = 30.0
+_SAY_AFTER_S = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -143,11 +144,16 @@ class DispatcherTaskSource(LeasedSource):
         """Make this worker known to the server, then begin to fetch."""
         self._heartbeats.start()
         # Leases given before the first heartbeat would be those of a client without any.
+        taken = self._heartbeats.first_taken.wait()
+        waiting = asyncio.get_running_loop().call_later(
+            _SAY_AFTER_S, log.warning, "the server does not answer; waiting for it"
+        )
         try:
-            async with asyncio.timeout(self._server_timeout_s):
-                await self._heartbeats.first_taken.wait()
+            await asyncio.wait_for(taken, self._server_timeout_s)
         except TimeoutError:
             raise self.server_lost(self._server_timeout_s) from None
+        finally:
+            waiting.cancel()
         if self._failure is not None:
             raise self._failure
         await super().start(wanted)
