@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from random import Random
 from typing import Any
 
 from dispatcher.config import RunSettings
-from dispatcher.errors import DispatcherError, RunLockedError, StorageError
+from dispatcher.errors import DispatcherError, RunLockedError, ServerLostError, StorageError
 from dispatcher.models import (
     BatchResultResponse,
     BatchWorkResponse,
@@ -34,7 +35,7 @@ from dispatcher.models import (
 )
 from dispatcher.service import DispatchService
 from dispatcher.storage.journal import JOURNAL_DIR
-from dispatcher.storage.ownership import Ownership
+from dispatcher.storage.ownership import OWNERS_DIR, Ownership
 from dispatcher.taskmanager.execution import Answered, Raised, WantsRetry
 from dispatcher.taskmanager.tasksource.base import Assignment
 from dispatcher.taskmanager.tasksource.leased import LeasedSource
@@ -248,6 +249,9 @@ class Server:
             world.complain("after a start the output does not end with a line end")
         if b"\0" in output:
             world.complain("after a start the output has a hole")
+        written = self.service.status()["written"]
+        if not self.service.finished.is_set() and output.count(b"\n") != written:
+            world.complain(f"after a start the output has more than its {written} lines")
         if any(server.was_beside_another for server in world.servers):
             return  # the one that lost may have left a segment behind
         for name, data in world.disk.contents(world.settings.state_dir / JOURNAL_DIR):
@@ -304,14 +308,21 @@ class Server:
         for call in list(self.open_calls):
             call.note_server_gone()
 
+    def _claim_is_torn(self) -> bool:
+        claims = self._world.disk.contents(self._world.settings.state_dir / OWNERS_DIR)
+        try:
+            return not json.loads(claims[-1][1])
+        except ValueError:
+            return True
+
     def _check_refusal(self, text: str) -> None:
         world = self._world
         world.counts["refused starts and lost runs"] += 1
         if not self.was_beside_another:
             world.complain(f"{self.process.name} was alone and was refused: {text}")
         named = _NAMED.search(text)
-        if named is None and world.locks.kind != "absent":
-            return  # the lock was taken a moment ago, and the claim is not written yet
+        if named is None and (world.locks.kind != "absent" or self._claim_is_torn()):
+            return  # the claim is not written yet, or its owner died writing it
         if named is None or int(named[1]) == self.process.pid:
             world.complain(f"the refusal of {self.process.name} names nobody: {text}")
 
@@ -611,8 +622,9 @@ class Worker:
     # ---------------------------------------------------------------- life
 
     async def _run(self) -> object:
+        if self._world.is_complete:
+            return "complete"  # it asks before it loads a model
         beating = asyncio.ensure_future(self._beat_forever())
-        await self._first_beat.wait()
         self._feeding = asyncio.ensure_future(self._feed())
         if self._why_stopped is not None:
             self._feeding.cancel()
@@ -634,6 +646,11 @@ class Worker:
         return ending
 
     async def _feed(self) -> None:
+        try:
+            async with asyncio.timeout(SERVER_TIMEOUT_S):
+                await self._first_beat.wait()
+        except TimeoutError:
+            raise ServerLostError("no heartbeat was answered") from None
         await self.source.start(self._wanted)
         while (assignment := await self._next()) is not None:
             self._start(assignment)

@@ -157,7 +157,7 @@ def draw_scenario(seed: int) -> Scenario:
         checkpoint_every_s=rng.choice([1.0, 5.0, 20.0]),
         segment_results=rng.choice([5, 20, 200_000]),
         locks=rng.choice(["working", "working", "absent", "node-local"]),
-        stepped=rng.random() < 0.2,
+        stepped=rng.random() < 0.1,
         nobody_pays=nobody_pays,
         conduct=conduct,
         fault_phase_s=fault_phase_s,
