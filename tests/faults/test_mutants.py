@@ -1,0 +1,387 @@
+"""The fault tests are tested: each deliberately broken variant of the product must be caught.
+
+A variant is a copy of the package with one replacement in one file. A checker, one or more of the
+tests, must fail on it and tell of the damage that was done; on the unbroken package it passes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from dispatcher.config import RunSettings
+from tests.faults.simulation import run_seed
+from tests.storage.test_crash_states import Judge, lived, settings  # noqa: F401
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+SEED_COUNT = 40
+IMAGES_PER_OPERATION = 4
+TIMEOUT_S = 150.0
+
+QUEUE = "core/work_queue.py"
+SERVICE = "service.py"
+JOURNAL = "storage/journal.py"
+OUTPUT = "storage/output.py"
+OWNERSHIP = "storage/ownership.py"
+RECOVERY = "storage/recovery.py"
+WAITING = "storage/waiting.py"
+WRITER = "storage/writer.py"
+
+SEEDS = "tests/faults/test_mutants.py::test_a_few_whole_runs_keep_every_promise"
+CRASHES = "tests/faults/test_mutants.py::test_a_few_crash_states_hold_what_was_acknowledged"
+IN_STORAGE = "tests/storage/"
+IN_SERVICE = "tests/test_service.py::"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A way to break the product: in `file`, `old` becomes `new`.
+
+    `checker` is the test that must fail on it, and `tells` a pattern of what it says then.
+    """
+
+    sentence: str
+    file: str
+    old: str
+    new: str
+    checker: str
+    tells: str
+
+
+MUTANTS = [
+    # ---------------------------------------------------------------- what is acknowledged
+    Mutant(
+        "replies leave before the journal is written",
+        SERVICE,
+        "            self._writing = done\n",
+        "            self._writing = done\n            _settle_future(done)\n",
+        SEEDS,
+        "was given twice|was done and was handed out again|two different results",
+    ),
+    Mutant(
+        "the journal is not synced",
+        JOURNAL,
+        "            self._files.sync(fd)\n",
+        "            pass\n",
+        CRASHES,
+        "behind operation",
+    ),
+    Mutant(
+        "the directory of a new segment is not synced",
+        JOURNAL,
+        "            self._files.sync_dir(self._directory)\n",
+        "            pass\n",
+        CRASHES,
+        "behind operation",
+    ),
+    Mutant(
+        "what a dead process wrote is not synced at a restart",
+        JOURNAL,
+        "self._sync(fd, segment.path)",
+        "pass",
+        IN_STORAGE + "test_journal.py::"
+        "test_what_a_dead_process_wrote_is_synced_before_the_journal_goes_on",
+        "sync",
+    ),
+    Mutant(
+        "a batch that could not be written is not undone",
+        SERVICE,
+        "        self.queue = recovered.queue\n",
+        "        pass\n",
+        SEEDS,
+        "is in no segment|is lost",
+    ),
+    # ---------------------------------------------------------------- the journal
+    Mutant(
+        "a torn last frame is not cut off",
+        JOURNAL,
+        "self._files.truncate(fd, end)",
+        "pass",
+        IN_STORAGE + "test_journal.py::"
+        "test_a_last_frame_torn_at_any_byte_is_cut_off_and_the_rest_comes_back",
+        "assert",
+    ),
+    Mutant(
+        "a failed write is not cut back",
+        JOURNAL,
+        "self._files.truncate(self._fd, self._size)",
+        "pass",
+        IN_STORAGE + "test_journal.py::"
+        "test_a_failed_write_leaves_the_file_as_it_was_and_the_next_one_succeeds",
+        "assert",
+    ),
+    Mutant(
+        "frames need not form a chain",
+        JOURNAL,
+        "(frame.seq, frame.previous_crc) != (before.seq + 1, before.crc)",
+        "False",
+        IN_STORAGE + "test_crash_states.py::"
+        "test_whole_frames_that_do_not_follow_each_other_are_refused",
+        "DID NOT RAISE",
+    ),
+    Mutant(
+        "segments are dropped one too early",
+        RECOVERY,
+        "needed = min([current, *holding])",
+        "needed = min([current, *(segment + 1 for segment in holding)])",
+        SEEDS,
+        "is in no segment|KeyError",
+    ),
+    Mutant(
+        "the places of waiting results are trusted without their checksum",
+        WAITING,
+        'if crc != b"%08x" % zlib.crc32(body):',
+        "if not crc:",
+        IN_STORAGE + "test_waiting.py::"
+        "test_places_with_any_flipped_bit_are_not_used_or_say_the_same",
+        "XX",
+    ),
+    # ---------------------------------------------------------------- what a restart restores
+    Mutant(
+        "the retries of an item are not restored",
+        QUEUE,
+        "                saved.retries,\n",
+        "                0,\n",
+        CRASHES,
+        "behind operation",
+    ),
+    Mutant(
+        "the attempt of an item is not restored",
+        QUEUE,
+        "                saved.attempt,\n",
+        "                1,\n",
+        CRASHES,
+        "behind operation",
+    ),
+    Mutant(
+        "leases are not restored",
+        QUEUE,
+        "for lease in saved.leases:",
+        "for lease in saved.leases[:0]:",
+        CRASHES,
+        r"False = same\(QueueState",
+    ),
+    # ---------------------------------------------------------------- the output
+    Mutant(
+        "the output is not cut at a restart",
+        OUTPUT,
+        "self._files.truncate(self._fd, self.size_bytes)",
+        "pass",
+        CRASHES,
+        "behind operation",
+    ),
+    Mutant(
+        "a position is noted before the output is synced",
+        WRITER,
+        "        self.output.sync()\n        return self.output.position",
+        "        return self.output.position",
+        CRASHES,
+        "behind operation",
+    ),
+    Mutant(
+        "one position of the output is kept instead of two",
+        RECOVERY,
+        "_POSITIONS_KEPT = 2",
+        "_POSITIONS_KEPT = 1",
+        IN_STORAGE + "test_crash_states.py::"
+        "test_an_output_that_lost_its_end_goes_on_from_the_position_before",
+        "is not what this run wrote",
+    ),
+    Mutant(
+        "results stand in the output in the order they came",
+        WRITER,
+        "fresh.get(work_id) or self._read(work_id)",
+        "fresh.pop(next(iter(fresh))) if fresh else self._read(work_id)",
+        SEEDS,
+        "of the output answers line|is lost|is in no segment",
+    ),
+    # ---------------------------------------------------------------- whose result counts
+    Mutant(
+        "a late result is acknowledged and dropped",
+        QUEUE,
+        "        if not taken:\n",
+        "        taken = [late for late in taken if late[1] in (None, *self.leases)]\n"
+        "        if not taken:\n",
+        SEEDS,
+        "two different results|was done and was handed out again|is lost",
+    ),
+    Mutant(
+        "a second result replaces the first",
+        QUEUE,
+        "            and self._flag(work_id) == _TOMBSTONE\n",
+        "            and self._flag(work_id) != _OPEN\n",
+        SEEDS,
+        "two different results|the counters say",
+    ),
+    Mutant(
+        "results of another run are taken",
+        SERVICE,
+        "wrong_run = item.run is not None and item.run != run_id",
+        "wrong_run = False",
+        IN_SERVICE + "test_an_item_of_another_run_changes_nothing",
+        "wrong_run",
+    ),
+    # ---------------------------------------------------------------- who pays
+    Mutant(
+        "the item that a vanished worker was running is charged",
+        QUEUE,
+        'self._end(lease, "crashed", VANISHED, now)',
+        'self._end(lease, "charged", VANISHED, now)',
+        SEEDS,
+        "nobody at fault",
+    ),
+    Mutant(
+        "the work timeout charges nobody",
+        QUEUE,
+        'self._end(lease, "charged", WORK_TIMEOUT, now)',
+        'self._end(lease, "returned", WORK_TIMEOUT, now)',
+        "tests/core/test_work_queue.py::"
+        "test_the_work_timeout_is_charged_to_a_client_without_heartbeats_from_hand_out_on",
+        "assert",
+    ),
+    Mutant(
+        "an item becomes a tombstone one attempt too early",
+        QUEUE,
+        "counters.charged += 1\n            if 0 <= self.policy.max_retries <= item.retries:",
+        "counters.charged += 1\n"
+        "            if 0 <= self.policy.max_retries <= item.retries + 1:\n"
+        "                item.retries = self.policy.max_retries",
+        SEEDS,
+        "the tombstone of item",
+    ),
+    # ---------------------------------------------------------------- whose run it is
+    Mutant(
+        "an owner that stood still does not look whether it still is one",
+        OWNERSHIP,
+        "return self._clock() - self._confirmed_at <= CONFIRM_WITHIN_S",
+        "return True",
+        IN_SERVICE
+        + "test_a_result_that_was_being_written_when_another_took_over_is_not_acknowledged",
+        "DID NOT RAISE",
+    ),
+    Mutant(
+        "the output is written without a look at whose run it is",
+        WRITER,
+        "        if not self._owner.is_confirmed:\n",
+        "        if False:\n",
+        IN_SERVICE + "test_a_service_that_hung_in_its_journal_leaves_the_winners_output_alone",
+        "assert",
+    ),
+    Mutant(
+        "a takeover leaves the owner no time to notice",
+        OWNERSHIP,
+        "SETTLE_S = CONFIRM_WITHIN_S + 1.0",
+        "SETTLE_S = 0.0",
+        IN_STORAGE
+        + "test_ownership.py::test_a_takeover_waits_until_the_owner_may_acknowledge_nothing_more",
+        "assert",
+    ),
+]
+
+
+# -------------------------------------------------------------------- two quick checkers
+
+
+def test_a_few_whole_runs_keep_every_promise() -> None:
+    for seed in range(1, SEED_COUNT + 1):
+        problems = run_seed(seed).problems
+        assert not problems, f"seed {seed}: {'; '.join(problems[:3])}"
+    print(f"{SEED_COUNT} runs in virtual time, 0 with problems")
+
+
+def test_a_few_crash_states_hold_what_was_acknowledged(
+    settings: RunSettings,  # noqa: F811
+) -> None:
+    scenario = lived(settings)
+    judge = Judge(settings, scenario.history)
+    for count, image in scenario.disk.crashes(Random(1), most=IMAGES_PER_OPERATION):
+        problem = judge.problem(count, image)
+        assert problem is None, f"behind operation {count}: {problem}"
+    print(f"{judge.states} crash states reopened, 0 problems")
+
+
+# -------------------------------------------------------------------- the mutants
+
+
+def copy_of_the_product(directory: Path) -> Path:
+    """Put a copy of the package, and these tests, into a directory that tests can run in."""
+    half_written = shutil.ignore_patterns("*.pyc.*")
+    shutil.copytree(ROOT / "dispatcher", directory / "dispatcher", ignore=half_written)
+    (directory / "tests").symlink_to(ROOT / "tests")
+    shutil.copy(ROOT / "pyproject.toml", directory)
+    return directory
+
+
+def break_it(directory: Path, mutant: Mutant) -> None:
+    path = directory / "dispatcher" / mutant.file
+    text = path.read_text()
+    found = text.count(mutant.old)
+    assert found == 1, (
+        f"this mutant is out of date: {mutant.old!r} stands {found} times in {mutant.file}; "
+        "find what the code says there now"
+    )
+    path.write_text(text.replace(mutant.old, mutant.new))
+
+
+def check(directory: Path, *nodes: str) -> subprocess.CompletedProcess[str]:
+    """Run tests against the package in a directory, up to the first that fails."""
+    script = (
+        "import sys, dispatcher, pytest\n"
+        "print(dispatcher.__file__, flush=True)\n"
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=short", f"--basetemp={directory}/tmp"]
+    varying = ("DISPATCHER_TEST_SEED", "PYTEST_ADDOPTS")
+    env = {name: value for name, value in os.environ.items() if name not in varying}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *options, *nodes],
+        cwd=directory,
+        env=env | {"PYTHONPATH": str(directory)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    used = Path(done.stdout.partition("\n")[0])
+    assert used.is_relative_to(directory), f"{used} was tested: {done.stdout}{done.stderr}"
+    return done
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.sentence)
+def test_it_is_noticed_when(mutant: Mutant, tmp_path: Path) -> None:
+    # given
+    broken = copy_of_the_product(tmp_path.resolve())
+    break_it(broken, mutant)
+
+    # when
+    done = check(broken, mutant.checker)
+
+    # then
+    said = done.stdout + done.stderr
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, f"nothing was noticed:\n{said}"
+    assert f"FAILED {mutant.checker}" in said, f"the checker itself broke:\n{said}"
+    told = [line for line in said.split("\n") if line.startswith("E ")]
+    because = [line for line in told if re.search(mutant.tells, line)]
+    assert because, f"it failed for another reason:\n{said}"
+    print(f"{mutant.checker.rpartition('::')[2]}:\n{because[0][:300]}")
+
+
+def test_the_unbroken_product_passes_the_same_checkers(tmp_path: Path) -> None:
+    """All but the two above, which are run as they stand."""
+    unbroken = copy_of_the_product(tmp_path.resolve())
+    checkers = {mutant.checker for mutant in MUTANTS} - {SEEDS, CRASHES}
+
+    done = check(unbroken, *sorted(checkers))
+
+    assert done.returncode == pytest.ExitCode.OK, done.stdout + done.stderr
+    print(f"{len(MUTANTS)} mutants, {len(checkers) + 2} checkers")
