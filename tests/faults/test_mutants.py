@@ -24,7 +24,7 @@ from tests.storage.test_crash_states import Judge, lived, settings  # noqa: F401
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-SEED_COUNT = 40
+SEED_COUNT = 30
 IMAGES_PER_OPERATION = 4
 TIMEOUT_S = 150.0
 
@@ -91,7 +91,7 @@ MUTANTS = [
         "pass",
         IN_STORAGE + "test_journal.py::"
         "test_what_a_dead_process_wrote_is_synced_before_the_journal_goes_on",
-        "sync",
+        r"assert \[\] == \['sync ",
     ),
     Mutant(
         "a batch that could not be written is not undone",
@@ -109,7 +109,7 @@ MUTANTS = [
         "pass",
         IN_STORAGE + "test_journal.py::"
         "test_a_last_frame_torn_at_any_byte_is_cut_off_and_the_rest_comes_back",
-        "assert",
+        r"assert \d+ == \d+",
     ),
     Mutant(
         "a failed write is not cut back",
@@ -118,7 +118,7 @@ MUTANTS = [
         "pass",
         IN_STORAGE + "test_journal.py::"
         "test_a_failed_write_leaves_the_file_as_it_was_and_the_next_one_succeeds",
-        "assert",
+        r"assert b'@\d+",
     ),
     Mutant(
         "frames need not form a chain",
@@ -144,7 +144,7 @@ MUTANTS = [
         "if not crc:",
         IN_STORAGE + "test_waiting.py::"
         "test_places_with_any_flipped_bit_are_not_used_or_say_the_same",
-        "XX",
+        "JSON is malformed",
     ),
     # ---------------------------------------------------------------- what a restart restores
     Mutant(
@@ -247,7 +247,7 @@ MUTANTS = [
         'self._end(lease, "returned", WORK_TIMEOUT, now)',
         "tests/core/test_work_queue.py::"
         "test_the_work_timeout_is_charged_to_a_client_without_heartbeats_from_hand_out_on",
-        "assert",
+        r"assert \(0, 0, 0\) ==",
     ),
     Mutant(
         "an item becomes a tombstone one attempt too early",
@@ -275,7 +275,7 @@ MUTANTS = [
         "        if not self._owner.is_confirmed:\n",
         "        if False:\n",
         IN_SERVICE + "test_a_service_that_hung_in_its_journal_leaves_the_winners_output_alone",
-        "assert",
+        "assert .* == .*the winner",
     ),
     Mutant(
         "a takeover leaves the owner no time to notice",
@@ -284,7 +284,7 @@ MUTANTS = [
         "SETTLE_S = 0.0",
         IN_STORAGE
         + "test_ownership.py::test_a_takeover_waits_until_the_owner_may_acknowledge_nothing_more",
-        "assert",
+        r"assert [\d.]+ < 0\.0",
     ),
 ]
 
@@ -343,10 +343,12 @@ def check(directory: Path, *nodes: str) -> subprocess.CompletedProcess[str]:
     options = ["-x", "-q", "-p", "no:cacheprovider", "--tb=short", f"--basetemp={directory}/tmp"]
     varying = ("DISPATCHER_TEST_SEED", "PYTEST_ADDOPTS")
     env = {name: value for name, value in os.environ.items() if name not in varying}
+    # These tests need no plugin, and loading them takes longer than most of the checkers.
+    env |= {"PYTHONPATH": str(directory), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
         [sys.executable, "-c", script, *options, *nodes],
         cwd=directory,
-        env=env | {"PYTHONPATH": str(directory)},
+        env=env,
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
@@ -368,7 +370,8 @@ def test_it_is_noticed_when(mutant: Mutant, tmp_path: Path) -> None:
 
     # then
     said = done.stdout + done.stderr
-    assert done.returncode == pytest.ExitCode.TESTS_FAILED, f"nothing was noticed:\n{said}"
+    assert done.returncode != pytest.ExitCode.OK, f"nothing was noticed:\n{said}"
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED, f"no test could run:\n{said}"
     assert f"FAILED {mutant.checker}" in said, f"the checker itself broke:\n{said}"
     told = [line for line in said.split("\n") if line.startswith("E ")]
     because = [line for line in told if re.search(mutant.tells, line)]
