@@ -78,24 +78,8 @@ def write_server_file(path: Path, content: ServerFile, files: Files | None = Non
 
 def write_private(path: Path, content: bytes, files: Files | None = None) -> None:
     """Replace a small file atomically and durably with one that its owner alone can read."""
-    files = files or Files()
     _check_replaceable(path)
-    # A name nobody can guess and O_EXCL: no file or link that lies in wait is written through.
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    fd = files.open(partial, flags, 0o600)
-    try:
-        try:
-            files.write_at(fd, content, 0)
-            files.sync(fd)
-        finally:
-            files.close(fd)
-        partial.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            files.unlink(partial)
-        raise
-    files.sync_dir(path.parent)
+    (files or Files()).write_whole(path, content, 0o600)
 
 
 def remove_partial_files(state_dir: Path) -> None:
