@@ -30,7 +30,7 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"
 
 
-class WorkItem(msgspec.Struct):
+class WorkItem(msgspec.Struct, gc=False):
     """One input line on its way to a worker, and its result on the way back.
 
     `work_id` is the 0-based line number, `content` the line as text, `retry_count` how many of
@@ -63,7 +63,7 @@ class BatchWorkResponse(msgspec.Struct):
     items: list[WorkItem] = msgspec.field(default_factory=list)
 
 
-class ResultItem(msgspec.Struct):
+class ResultItem(msgspec.Struct, gc=False):
     """What the server reads of a submitted item; clients may send whole WorkItems."""
 
     work_id: int

@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 import msgspec
 
 from dispatcher.config import RunSettings
+from dispatcher.core.results import is_error, lease_serials, valid_results
 from dispatcher.core.work_queue import (
     MAX_RETRIES_EXCEEDED,
-    Arrival,
     WorkQueue,
     parse_lease_id,
 )
@@ -60,8 +60,6 @@ _POLL_AGAIN_S = 0.2
 _DRAINING_RETRY_S = 2.0
 _CONFIRM_AGAIN_S = 1.0
 _LONGEST_GAP_S = 5.0
-_ERROR_MARK = b'{"__ERROR__"'
-_check_json = msgspec.json.Decoder(msgspec.Raw).decode
 
 
 def one_thread(name: str) -> Executor:
@@ -469,25 +467,36 @@ class DispatchService:
     async def _take_results(self, items: Sequence[ResultItem]) -> list[Outcome]:
         self._check_usable()
         queue, run_id, now = self.queue, self.run_id, self._clock.now()
-        outcomes: list[Outcome] = []
-        arrivals: list[Arrival] = []
-        largest = self.settings.max_result_bytes
-        for item in items:
-            serial = _serial_of(item.lease) if item.lease is not None else None
-            wrong_run = item.run is not None and item.run != run_id
-            result = None if wrong_run else valid_result(item.result, largest)
-            if result is not None:
-                arrivals.append((item.work_id, serial, result, result.startswith(_ERROR_MARK)))
-                continue
-            # In the order they stand: an earlier one may be of the same item.
-            outcomes += queue.finish_all(arrivals, now)
-            arrivals.clear()
-            outcomes.append(
-                Outcome.WRONG_RUN if wrong_run else self._refuse_result(item, serial, now)
-            )
-        outcomes += queue.finish_all(arrivals, now)
+        work_ids = [item.work_id for item in items]
+        serials = lease_serials(work_ids, [item.lease for item in items])
+        results = valid_results([item.result for item in items], self.settings.max_result_bytes)
+        good = [result for result in results if result is not None]
+        if len(good) == len(items) and {item.run for item in items} <= {None, run_id}:
+            arrivals = list(zip(work_ids, serials, good, map(is_error, good), strict=True))
+            outcomes = queue.finish_all(arrivals, now)
+        else:
+            outcomes = self._take_one_by_one(items, serials, results, now)
         self.duplicate_results += outcomes.count(Outcome.DUPLICATE)
         await self._settle()
+        return outcomes
+
+    def _take_one_by_one(
+        self,
+        items: Sequence[ResultItem],
+        serials: Sequence[int | None],
+        results: Sequence[bytes | None],
+        now: float,
+    ) -> list[Outcome]:
+        """Take results some of which are none, in the order they stand: some may be of one item."""
+        outcomes: list[Outcome] = []
+        for item, serial, result in zip(items, serials, results, strict=True):
+            if item.run is not None and item.run != self.run_id:
+                outcomes.append(Outcome.WRONG_RUN)
+            elif result is None:
+                outcomes.append(self._refuse_result(item, serial, now))
+            else:
+                arrival = (item.work_id, serial, result, is_error(result))
+                outcomes += self.queue.finish_all([arrival], now)
         return outcomes
 
     def _refuse_result(self, item: ResultItem, serial: int | None, now: float) -> Outcome:
@@ -751,26 +760,6 @@ class DispatchService:
 
 
 _NOT_KEPT = "the journal cannot be written (is the disk full?); nothing was changed, try again"
-
-
-def valid_result(text: str | None, max_bytes: int) -> bytes | None:
-    """Return the result as the output's bytes, or None when it is not JSON on one line."""
-    if text is None or "\n" in text or "\r" in text:
-        return None
-    try:
-        result = text.strip(" \t").encode()
-        _check_json(result)
-    except (UnicodeEncodeError, msgspec.DecodeError, RecursionError):
-        return None
-    return result if len(result) <= max_bytes else None
-
-
-def _serial_of(lease: str) -> int:
-    """Return the number of a lease, 0 for what is none; it need not be one of the item."""
-    try:
-        return int(lease.partition(".")[2])
-    except ValueError:
-        return 0
 
 
 def _settle_future(future: asyncio.Future[None]) -> None:

@@ -22,6 +22,7 @@ import heapq
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import compress
 from typing import Any
 
 import msgspec
@@ -73,7 +74,7 @@ class QueuePolicy:
     backup_factor: float = 1.5
 
 
-class Item(msgspec.Struct, eq=False):
+class Item(msgspec.Struct, eq=False, gc=False):
     """An open line: read from the input, where it stands at `offset`, and without a result."""
 
     work_id: int
@@ -289,16 +290,13 @@ class WorkQueue:
             taken, outcomes = self._sort_out(arrivals)
         if not taken:
             return outcomes
-        leases = self.leases
-        for work_id, serial, _, _ in taken:
-            lease = leases.get(serial or 0)  # serials count from 1
-            if lease is not None and lease.work_id == work_id:
-                self._note_finish(lease, now)
+        work_ids, serials, results, failed = zip(*taken, strict=True)
+        self._note_finishes(work_ids, serials, now)
         event = Finished(
-            [arrival[0] for arrival in taken],
-            [arrival[1] or 0 for arrival in taken],
-            [arrival[0] for arrival in taken if arrival[3]],
-            [msgspec.Raw(arrival[2]) for arrival in taken],
+            [*work_ids],
+            [serial or 0 for serial in serials],
+            [*compress(work_ids, failed)],
+            [*map(msgspec.Raw, results)],
         )
         self._record(event, now)
         return outcomes
@@ -317,11 +315,20 @@ class WorkQueue:
                 outcomes.append(Outcome.DUPLICATE if known else Outcome.UNKNOWN)
         return list(taken.values()), outcomes
 
-    def _note_finish(self, lease: Lease, now: float) -> None:
-        since = lease.issued_at if lease.started_at is None else lease.started_at
-        self._durations.add(now - since)
-        if lease.worker and (worker := self.workers.get(lease.worker)):
-            worker.note_finish(now)
+    def _note_finishes(
+        self, work_ids: Sequence[int], serials: Sequence[int | None], now: float
+    ) -> None:
+        leases = self.leases
+        found = [
+            lease
+            for work_id, serial in zip(work_ids, serials, strict=True)
+            if (lease := leases.get(serial or 0)) is not None and lease.work_id == work_id
+        ]
+        self._durations.extend([now - lease.running_since for lease in found])
+        names = [lease.worker for lease in found if lease.worker]
+        for name in set(names):
+            if worker := self.workers.get(name):
+                worker.note_finishes(names.count(name), now)
 
     def fail(self, work_id: int, serial: int | None, reason: str, now: float) -> None:
         """End a lease, charged: what its worker sent is no result."""

@@ -17,7 +17,7 @@ PROGRESS_UNKNOWN = -1
 _PACE_WEIGHT = 0.2
 
 
-class Lease(msgspec.Struct, eq=False):
+class Lease(msgspec.Struct, eq=False, gc=False):
     """The right of one worker to work on one item for a while.
 
     `progress` is 0 while the item waits on the worker and grows with every step.
@@ -64,13 +64,14 @@ class Worker:
     # What its vanishing ended, to be given back should it return.
     cut_off: dict[int, tuple[int, bool]] = field(default_factory=dict)
 
-    def note_finish(self, now: float) -> None:
+    def note_finishes(self, count: int, now: float) -> None:
         """Update the smoothed seconds between two of this worker's results."""
-        self.finished += 1
+        self.finished += count
         if self.last_finish_at is not None:
-            gap_s = now - self.last_finish_at
+            gap_s = (now - self.last_finish_at) / count
             old = gap_s if self.pace_s is None else self.pace_s
-            self.pace_s = (1 - _PACE_WEIGHT) * old + _PACE_WEIGHT * gap_s
+            kept = (1 - _PACE_WEIGHT) ** count
+            self.pace_s = kept * old + (1 - kept) * gap_s
         self.last_finish_at = now
 
     def seconds_to_clear(self, now: float) -> float:
@@ -86,9 +87,9 @@ class Durations:
         self._recent_s: deque[float] = deque(maxlen=size)
         self._least = least
 
-    def add(self, seconds: float) -> None:
-        """Record one item's duration."""
-        self._recent_s.append(seconds)
+    def extend(self, seconds: list[float]) -> None:
+        """Record the durations of items."""
+        self._recent_s.extend(seconds)
 
     def quantile_s(self, share: float) -> float | None:
         """Return the duration that `share` of the recent items stayed under; None if unknown."""

@@ -182,7 +182,7 @@ async def post_results(request: web.Request) -> web.Response:
         outcomes = await service.submit(submission.items)
     for place in unreadable:
         outcomes.insert(place, Outcome.INVALID)
-    settled = sum(o in (Outcome.ACCEPTED, Outcome.DUPLICATE) for o in outcomes)
+    settled = outcomes.count(Outcome.ACCEPTED) + outcomes.count(Outcome.DUPLICATE)
     return _json(BatchResultResponse(WorkStatus.OK, settled, outcomes, work))
 
 

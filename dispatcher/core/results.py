@@ -1,0 +1,74 @@
+"""What counts as a result: one JSON value on one line, not too large.
+
+A call brings up to hundreds of results, and nearly always all of them are good; so they are
+looked at together first, which costs a fraction of looking at each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+_ERROR_MARK = b'{"__ERROR__"'
+_check_json = msgspec.json.Decoder(msgspec.Raw).decode
+_split_json = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_read_pairs = msgspec.json.Decoder(list[tuple[int, int]]).decode
+
+
+def valid_results(texts: Sequence[str | None], max_bytes: int) -> list[bytes | None]:
+    """Return each result as the output's bytes, or None where it is not JSON on one line."""
+    try:
+        results = [text.encode() for text in texts if text is not None]
+        together = b"[%b]" % b",".join(results)
+        sizes = [len(result) for result in results]
+        if (
+            len(results) == len(texts)
+            # Each is one value by itself only if the commas that part values are those put here.
+            and [len(value) for value in _split_json(together)] == sizes
+            and b"\n" not in together
+            and b"\r" not in together
+            and max(sizes, default=0) <= max_bytes
+        ):
+            return [*results]
+    except (UnicodeEncodeError, msgspec.DecodeError, RecursionError):
+        pass  # one of them or more: which?
+    return [_valid_result(text, max_bytes) for text in texts]
+
+
+def _valid_result(text: str | None, max_bytes: int) -> bytes | None:
+    if text is None or "\n" in text or "\r" in text:
+        return None
+    try:
+        result = text.strip(" \t").encode()
+        _check_json(result)
+    except (UnicodeEncodeError, msgspec.DecodeError, RecursionError):
+        return None
+    return result if len(result) <= max_bytes else None
+
+
+def is_error(result: bytes) -> bool:
+    """Say whether the result is an `__ERROR__` line."""
+    return result.startswith(_ERROR_MARK)
+
+
+def lease_serials(work_ids: Sequence[int], leases: Sequence[str | None]) -> list[int | None]:
+    """Return the number in each lease id, 0 for what is none, None where there is none.
+
+    It need not be the number of one of the item's leases.
+    """
+    try:
+        # "7.31", "9.32" -> [[7,31],[9,32]]
+        pairs = _read_pairs(f"[[{'],['.join(leases).replace('.', ',')}]]")  # type: ignore[arg-type]
+    except (TypeError, UnicodeEncodeError, msgspec.DecodeError):
+        pairs = []
+    if [work_id for work_id, _ in pairs] == [*work_ids]:
+        return [serial for _, serial in pairs]
+    return [None if lease is None else _serial_of(lease) for lease in leases]
+
+
+def _serial_of(lease: str) -> int:
+    try:
+        return int(lease.partition(".")[2])
+    except ValueError:
+        return 0

@@ -1,0 +1,63 @@
+"""What counts as a result, looked at together and one by one."""
+
+from __future__ import annotations
+
+import pytest
+
+from dispatcher.core.results import lease_serials, valid_results
+
+GOOD = ['{"a": 1}', "[1, 2]", '"a,b"', "0", "null", '{"__ERROR__": {}}', '"\u00e9\U0001f600"']
+BAD = ["", "{", "1,2", "1 2", "[3", "4]", '"a\nb"', "{}\r", "nan", '"\ud800"', "[" * 100_000, None]
+
+
+@pytest.mark.parametrize("text", GOOD)
+def test_json_on_one_line_is_a_result(text: str) -> None:
+    assert valid_results([text], 1 << 20) == [text.encode()]
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_anything_else_is_none(text: str | None) -> None:
+    assert valid_results([text], 1 << 20) == [None]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_result_leaves_the_others_as_they_are(bad: str | None) -> None:
+    expected = [text.encode() for text in GOOD]
+    assert valid_results([*GOOD, bad, *GOOD], 1 << 20) == [*expected, None, *expected]
+
+
+def test_bad_results_that_make_good_json_together_are_still_bad() -> None:
+    assert valid_results(["[3", "4]", "1,2"], 1 << 20) == [None, None, None]
+    assert valid_results(['"a', 'b"', "1,2"], 1 << 20) == [None, None, None]
+    assert valid_results(["1,2", "", "3"], 1 << 20) == [None, None, b"3"]
+
+
+def test_blanks_around_a_result_are_cut_off() -> None:
+    assert valid_results([" 1\t", "2"], 1 << 20) == [b"1", b"2"]
+
+
+def test_a_result_over_the_limit_in_bytes_is_none() -> None:
+    assert valid_results(['"\u00e9"', '"ab"', '"abc"'], 4) == [b'"\xc3\xa9"', b'"ab"', None]
+
+
+def test_no_texts_are_no_results() -> None:
+    assert valid_results([], 10) == []
+
+
+@pytest.mark.parametrize(
+    ("lease", "serial"),
+    [("7.31", 31), ("7.007", 7), ("8.31", 31), ("7", 0), ("", 0), ("7.x", 0), ("\ud800", 0)],
+)
+def test_a_lease_tells_its_number_alone_and_among_others(lease: str, serial: int) -> None:
+    assert lease_serials([7], [lease]) == [serial]
+    assert lease_serials([1, 7, 2], ["1.5", lease, "2.6"]) == [5, serial, 6]
+
+
+def test_a_missing_lease_has_no_number() -> None:
+    assert lease_serials([1, 2], ["1.5", None]) == [5, None]
+    assert lease_serials([], []) == []
+
+
+def test_leases_are_not_mixed_up_by_what_looks_like_two_of_them() -> None:
+    assert lease_serials([7, 8], ["7", "3.8.9"]) == [0, 0]
+    assert lease_serials([7, 9], ["7.8,9.1", ""]) == [0, 0]
