@@ -226,8 +226,8 @@ MUTANTS = [
     Mutant(
         "results of another run are taken",
         SERVICE,
-        "wrong_run = item.run is not None and item.run != run_id",
-        "wrong_run = False",
+        "{item.run for item in items} <= {None, run_id}",
+        "run_id",
         IN_SERVICE + "test_an_item_of_another_run_changes_nothing",
         "wrong_run",
     ),
