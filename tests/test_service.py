@@ -514,6 +514,7 @@ def test_an_item_of_another_run_changes_nothing(settings: RunSettings) -> None:
             invalid = ResultItem(0, "not json", "another-run", item.lease)
             outcomes = await service.submit([other, invalid])
             assert outcomes == [Outcome.WRONG_RUN, Outcome.WRONG_RUN]
+            assert await service.submit([other]) == [Outcome.WRONG_RUN]
             assert durable(service) == before
 
     run(scenario())
