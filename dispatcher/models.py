@@ -30,13 +30,36 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"
 
 
+class StepOutcome(StrEnum):
+    """What became of one step that was handed in for recording."""
+
+    ACCEPTED = "accepted"
+    STALE = "stale"
+    FULL = "full"
+    INVALID = "invalid"
+    WRONG_RUN = "wrong_run"
+
+
+class Step(msgspec.Struct, gc=False):
+    """A recorded step on its way to a worker.
+
+    `pos` is the position of the request in its task (number of the yield, place in the list that
+    was yielded, both from 0), `hash` that of the request, `response` the answer as JSON text.
+    """
+
+    pos: tuple[int, int]
+    hash: str
+    response: str
+
+
 class WorkItem(msgspec.Struct, gc=False):
     """One input line on its way to a worker, and its result on the way back.
 
     `work_id` is the 0-based line number, `content` the line as text, `retry_count` how many of
     its reissues were charged, of at most `max_retries` (-1: no limit). `lease` is the right to
     work on it and must be sent back with the result; `solo` asks that nothing else runs on the
-    same engine meanwhile, because the item was running when engines died.
+    same engine meanwhile, because the item was running when engines died. `steps` are the answers
+    its task got already, `fresh_starts` how often it asked to begin anew (TaskRetry).
     """
 
     work_id: int
@@ -48,7 +71,8 @@ class WorkItem(msgspec.Struct, gc=False):
     lease: str | None = None
     attempt: int = 1
     solo: bool = False
-    steps: list[msgspec.Raw] | None = None
+    steps: list[Step] | None = None
+    fresh_starts: int = 0
 
     def set_result(self, result: str) -> None:
         """Attach the result: a string that holds one JSON value on one line."""
@@ -93,7 +117,9 @@ class ReleaseItem(msgspec.Struct, omit_defaults=True):
     """One lease given back. `charge` says whether it counts as one of the item's reissues.
 
     `reason` is one word or sentence for the item's history; the reason `crash` means that the
-    model server died while the item was running. `steps` is `keep` or `drop`.
+    model server died while the item was running. `steps` is `keep` or `drop`; with `keep`, those
+    of the first `keep_yields` yields stay, or all (None). `fresh_start`: the task asked to begin
+    anew.
     """
 
     work_id: int
@@ -101,6 +127,8 @@ class ReleaseItem(msgspec.Struct, omit_defaults=True):
     charge: bool = True
     reason: str = "released"
     steps: str = "keep"
+    keep_yields: int | None = None
+    fresh_start: bool = False
 
 
 class ReleaseWorkRequest(msgspec.Struct, omit_defaults=True):
@@ -118,6 +146,37 @@ class ReleaseWorkResponse(msgspec.Struct):
     released_count: int = 0
 
 
+class StepItem(msgspec.Struct, omit_defaults=True, gc=False):
+    """One step of an item handed in for recording.
+
+    `response` is the answer as one JSON value on one line. None instead says that the task asks
+    something else here than recorded, and drops what is recorded from this position on.
+    """
+
+    work_id: int
+    lease: str
+    attempt: int
+    pos: tuple[int, int]
+    hash: str
+    response: str | None = None
+    run: str | None = None
+
+
+class StepsSubmission(msgspec.Struct, omit_defaults=True):
+    """Steps of items that have more to do."""
+
+    steps: list[StepItem]
+    worker: str | None = None
+
+
+class StepsResponse(msgspec.Struct):
+    """`outcomes` tells each step's fate, in order; `recording` False: send no more of any item."""
+
+    status: WorkStatus
+    outcomes: list[StepOutcome] = msgspec.field(default_factory=list)
+    recording: bool = True
+
+
 class WorkerStats(msgspec.Struct, omit_defaults=True):
     """A worker's totals since it started, for progress displays."""
 
@@ -125,6 +184,7 @@ class WorkerStats(msgspec.Struct, omit_defaults=True):
     prompt_tokens: int = 0
     completion_tokens: int = 0
     in_flight: int = 0
+    replayed: int = 0
 
 
 class HeartbeatRequest(msgspec.Struct, omit_defaults=True):

@@ -26,7 +26,13 @@ from dispatcher.core.work_queue import (
     WorkQueue,
     parse_lease_id,
 )
-from dispatcher.errors import DispatcherError, StateError, StorageError, StorageFullError
+from dispatcher.errors import (
+    CorruptJournalError,
+    DispatcherError,
+    StateError,
+    StorageError,
+    StorageFullError,
+)
 from dispatcher.models import (
     BatchWorkResponse,
     HeartbeatRequest,
@@ -34,6 +40,9 @@ from dispatcher.models import (
     Outcome,
     ReleaseItem,
     ResultItem,
+    Step,
+    StepItem,
+    StepOutcome,
     WorkerStats,
     WorkItem,
     WorkStatus,
@@ -60,6 +69,8 @@ _POLL_AGAIN_S = 0.2
 _DRAINING_RETRY_S = 2.0
 _CONFIRM_AGAIN_S = 1.0
 _LONGEST_GAP_S = 5.0
+_MOST_YIELDS = 1 << 31
+_LONGEST_HASH = 64
 
 
 def one_thread(name: str) -> Executor:
@@ -242,6 +253,8 @@ class DispatchService:
             self.queue.note_idle(worker, 0)  # answered, or cancelled because the client left
         await self._barrier(queue)
         if items:
+            if len(queue.steps):
+                await self._attach_steps(items, queue)
             return BatchWorkResponse(WorkStatus.OK, items=items)
         if self.queue.is_complete:
             self.workers_told.add(worker)
@@ -283,12 +296,41 @@ class DispatchService:
                 named[1] if named else None,
                 charge=item.charge,
                 reason=item.reason[:500],
-                keep_steps=item.steps != "drop",
+                keep_yields=_yields_kept(item),
+                fresh_start=item.fresh_start,
                 now=now,
             )
         await self._settle()
         await self._barrier(queue)
         return released
+
+    async def record_steps(self, steps: Sequence[StepItem]) -> list[StepOutcome]:
+        """Keep answers that tasks got, each for itself; return what became of each, in order."""
+        self._check_usable()
+        queue = self.queue
+        answers = valid_results([step.response for step in steps], self.settings.max_result_bytes)
+        outcomes: list[StepOutcome] = []
+        for step, answer in zip(steps, answers, strict=True):
+            named = parse_lease_id(step.lease)
+            serial = named[1] if named else None
+            about = (step.work_id, serial, step.attempt, step.pos)
+            if step.run is not None and step.run != self.run_id:
+                outcomes.append(StepOutcome.WRONG_RUN)
+            elif not _is_sound(step):
+                outcomes.append(StepOutcome.INVALID)
+            elif step.response is None:
+                outcomes.append(queue.cut_steps(*about))
+            elif answer is None:
+                outcomes.append(StepOutcome.INVALID)
+            else:
+                outcomes.append(queue.record_step(*about, step.hash, answer))
+        await self._barrier(queue)
+        return outcomes
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether steps are kept in this run at all."""
+        return self.settings.policy.run_step_bytes > 0
 
     async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatResponse:
         """Note that a worker is alive and what it holds; say what it should let go of."""
@@ -347,6 +389,10 @@ class DispatchService:
             "released": counters.released,
             "returned": counters.returned,
             "tombstones": counters.tombstones,
+            "steps": counters.steps,
+            "step_mismatches": counters.step_mismatches,
+            "step_bytes": queue.steps.size,
+            "steps_replayed": sum(s.replayed for s in totals),
             "duplicate_results": self.duplicate_results,
             "invalid_results": self.invalid_results,
             "requests": sum(s.requests for s in totals),
@@ -374,7 +420,7 @@ class DispatchService:
         grants = queue.lease_ready(worker, count, now, REPLY_BYTES)
         solo = any(grant.solo for grant in grants)
         texts: dict[int, str] = {}
-        size = sum(grant.line_bytes for grant in grants)
+        size = sum(grant.line_bytes + queue.steps.size_of(grant.work_id) for grant in grants)
         while len(grants) < count and not solo and queue.may_open() and size < REPLY_BYTES:
             if not self._lines:
                 await self._fill_lines()
@@ -406,9 +452,32 @@ class DispatchService:
                 grant.lease,
                 grant.attempt,
                 grant.solo,
+                None,
+                grant.fresh_starts,
             )
             for grant in grants
         ]
+
+    async def _attach_steps(self, items: list[WorkItem], queue: WorkQueue) -> None:
+        """Let items carry the answers that are recorded for them."""
+        assert self._writer is not None
+        known = {item.work_id: dict(queue.steps.of(item.work_id)) for item in items}
+        wanted = {work_id: list(notes) for work_id, notes in known.items() if notes}
+        if not wanted:
+            return
+        try:
+            found = await self._in_writer(self._writer.read_steps, wanted)
+        except (OSError, CorruptJournalError) as error:
+            # Only work is lost: the model is asked again.
+            log.warning("recorded steps cannot be read: %s", error)
+            return
+        for item in items:
+            if answers := found.get(item.work_id):
+                notes = known[item.work_id]
+                item.steps = [
+                    Step(position, notes[position].hash, answers[position].decode())
+                    for position in sorted(answers)
+                ]
 
     def _open_lines(self, count: int, now: float) -> dict[int, str]:
         """Take up to `count` of the lines read ahead into the queue; return their texts."""
@@ -713,6 +782,7 @@ class DispatchService:
         """Keep the totals of workers the queue has forgotten, but not the workers."""
         for name in self.worker_stats.keys() - self.queue.workers.keys():
             stats = self.worker_stats.pop(name)
+            self._departed.replayed += stats.replayed
             self._departed.requests += stats.requests
             self._departed.prompt_tokens += stats.prompt_tokens
             self._departed.completion_tokens += stats.completion_tokens
@@ -760,6 +830,23 @@ class DispatchService:
 
 
 _NOT_KEPT = "the journal cannot be written (is the disk full?); nothing was changed, try again"
+
+
+def _yields_kept(item: ReleaseItem) -> int | None:
+    if item.steps == "drop":
+        return 0
+    return None if item.keep_yields is None else max(0, item.keep_yields)
+
+
+def _is_sound(step: StepItem) -> bool:
+    yield_number, place = step.pos
+    return (
+        0 <= yield_number < _MOST_YIELDS
+        and 0 <= place < _MOST_YIELDS
+        and len(step.hash) <= _LONGEST_HASH
+        and step.hash.isalnum()
+        and step.hash.isascii()
+    )
 
 
 def _settle_future(future: asyncio.Future[None]) -> None:

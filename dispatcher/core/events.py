@@ -21,6 +21,10 @@ crashed:  a worker or its model server died while the item was running.
 """
 
 
+Position = tuple[int, int]
+"""Where a request stands in its task: number of the yield, place in the list that was yielded."""
+
+
 class Opened(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="open"):
     """The next input lines were read: the first is `work_id` and stands at byte `offset`.
 
@@ -67,13 +71,35 @@ class Tombstoned(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="to
 
 
 class LeaseEnded(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="end"):
-    """A lease ended without a result; `reason` goes into the item's history."""
+    """A lease ended without a result; `reason` goes into the item's history.
+
+    Of the item's recorded steps those of the first `keep_yields` yields stay (None: all).
+    `fresh_start` says that the task asked to begin anew.
+    """
 
     work_id: int
     serial: int
     kind: EndKind
     reason: str
-    keep_steps: bool = True
+    keep_yields: int | None = None
+    fresh_start: bool = False
+
+
+class Stepped(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="step"):
+    """A request of the item's task was answered; `hash` is that of the request."""
+
+    work_id: int
+    serial: int
+    position: Position
+    hash: str
+    response: msgspec.Raw
+
+
+class StepsCut(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="cut"):
+    """From this position on the task asks something else than recorded: those steps are void."""
+
+    work_id: int
+    position: Position
 
 
 class Absolved(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="absolve"):
@@ -102,7 +128,19 @@ class Left(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="leave"):
     worker: str
 
 
-Event = Opened | Issued | Watched | Finished | Tombstoned | LeaseEnded | Absolved | Joined | Left
+Event = (
+    Opened
+    | Issued
+    | Watched
+    | Finished
+    | Tombstoned
+    | LeaseEnded
+    | Stepped
+    | StepsCut
+    | Absolved
+    | Joined
+    | Left
+)
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True):
@@ -124,6 +162,14 @@ class LeaseState(msgspec.Struct, frozen=True, array_like=True):
     solo: bool
 
 
+class StepState(msgspec.Struct, frozen=True, array_like=True):
+    """A recorded step in a checkpoint: its answer has `size` bytes."""
+
+    position: Position
+    hash: str
+    size: int
+
+
 class ItemState(msgspec.Struct, frozen=True, array_like=True):
     """An open item in a checkpoint."""
 
@@ -138,13 +184,16 @@ class ItemState(msgspec.Struct, frozen=True, array_like=True):
     condemned: bool
     leases: list[LeaseState]
     history: list[Ended]
+    fresh_starts: int = 0
+    steps: list[StepState] = []
 
 
 class Counters(msgspec.Struct):
     """Totals since the run began.
 
     `done` lines have their result, `failed` of them an `__ERROR__` line. `charged` counts the
-    attempts that cost one of an item's reissues, the others leases that ended so.
+    attempts that cost one of an item's reissues, the others leases that ended so. `steps` were
+    recorded; `step_mismatches` counts how often a task asked something else than recorded.
     """
 
     done: int = 0
@@ -155,6 +204,8 @@ class Counters(msgspec.Struct):
     released: int = 0
     returned: int = 0
     expired: int = 0
+    steps: int = 0
+    step_mismatches: int = 0
     tombstones: dict[str, int] = msgspec.field(default_factory=dict)
 
 

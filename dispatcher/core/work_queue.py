@@ -41,12 +41,17 @@ from dispatcher.core.events import (
     LeaseState,
     Left,
     Opened,
+    Position,
     QueueState,
+    Stepped,
+    StepsCut,
+    StepState,
     Tombstoned,
     Watched,
 )
+from dispatcher.core.steps import StepBook, StepNote
 from dispatcher.core.workers import PROGRESS_UNKNOWN, Durations, Lease, Worker
-from dispatcher.models import Outcome
+from dispatcher.models import Outcome, StepOutcome
 
 _OPEN, _DONE, _TOMBSTONE = 0, 1, 2
 _TRIM_BYTES = 1 << 16
@@ -59,7 +64,11 @@ CRASH = "crash"
 
 @dataclass(frozen=True, slots=True)
 class QueuePolicy:
-    """Limits and times. `max_retries` -1 means never give up; `window` 0 means unlimited."""
+    """Limits and times. `max_retries` -1 means never give up; `window` 0 means unlimited.
+
+    `step_bytes` bound one recorded answer, those of an item, and those of all open items; 0 for
+    the last one: nothing is recorded.
+    """
 
     max_retries: int = 3
     work_timeout_s: float = 1200.0
@@ -72,6 +81,9 @@ class QueuePolicy:
     mass_vanish_least: int = 3
     backup_quantile: float = 0.95
     backup_factor: float = 1.5
+    step_bytes: int = 1 << 20
+    item_step_bytes: int = 16 << 20
+    run_step_bytes: int = 64 << 30
 
 
 class Item(msgspec.Struct, eq=False, gc=False):
@@ -87,6 +99,7 @@ class Item(msgspec.Struct, eq=False, gc=False):
     owes_charge: bool = False
     condemned: bool = False
     queued: bool = False
+    fresh_starts: int = 0
     leases: list[Lease] = []
     history: list[Ended] = []
 
@@ -105,6 +118,7 @@ class Grant(msgspec.Struct, frozen=True, gc=False):
     retries: int
     attempt: int
     solo: bool
+    fresh_starts: int
 
 
 @dataclass(slots=True)
@@ -141,6 +155,7 @@ class WorkQueue:
         self.next_serial = 1
         self.counters = Counters()
         self.items: dict[int, Item] = {}
+        self.steps = StepBook()
         self._flags = bytearray()
         self._flags_base = 0
         # Volatile.
@@ -169,6 +184,8 @@ class WorkQueue:
             Finished: self._apply_finished,
             Tombstoned: self._apply_tombstoned,
             LeaseEnded: self._apply_ended,
+            Stepped: self._apply_stepped,
+            StepsCut: self._apply_cut,
             Absolved: self._apply_absolved,
             Joined: self._apply_joined,
             Left: self._apply_left,
@@ -235,6 +252,7 @@ class WorkQueue:
             return self._lease([item], worker, now)
         chosen: list[Item] = []
         again, fresh, too_many = self._ready, self._fresh, self.policy.crashes_before_solo
+        recorded = len(self.steps) > 0
         while (again or fresh) and len(chosen) < count and max_bytes > 0:
             item = self.items.get(heapq.heappop(again) if again else fresh.popleft())
             # One that must run alone waits elsewhere; this entry is from before its crashes.
@@ -243,6 +261,8 @@ class WorkQueue:
                 self._queued -= 1
                 chosen.append(item)
                 max_bytes -= item.line_bytes
+                if recorded:
+                    max_bytes -= self.steps.size_of(item.work_id)
         return self._lease(chosen, worker, now)
 
     def lease_backup(self, worker: str, count: int, now: float) -> list[Grant]:
@@ -333,7 +353,7 @@ class WorkQueue:
     def fail(self, work_id: int, serial: int | None, reason: str, now: float) -> None:
         """End a lease, charged: what its worker sent is no result."""
         if lease := self._find_lease(work_id, serial):
-            self._end(lease, "charged", reason, now)
+            self._end(lease, "charged", reason, now, keep_yields=0)
 
     def release(
         self,
@@ -342,10 +362,14 @@ class WorkQueue:
         *,
         charge: bool,
         reason: str,
-        keep_steps: bool,
+        keep_yields: int | None,
+        fresh_start: bool = False,
         now: float,
     ) -> bool:
-        """Give a lease back. False when there is no such lease (any more)."""
+        """Give a lease back. False when there is no such lease (any more).
+
+        `keep_yields` and `fresh_start` are those of LeaseEnded.
+        """
         lease = self._find_lease(work_id, serial)
         if lease is None:
             return False
@@ -360,8 +384,63 @@ class WorkQueue:
                 kind = "released"
             else:
                 reason = f"released more than {self.policy.max_free_releases} times: {reason}"
-        self._end(lease, kind, reason, now, keep_steps=keep_steps)
+        self._end(lease, kind, reason, now, keep_yields=keep_yields, fresh_start=fresh_start)
         return True
+
+    # ---------------------------------------------------------------- steps
+
+    def record_step(
+        self,
+        work_id: int,
+        serial: int | None,
+        attempt: int,
+        position: Position,
+        request_hash: str,
+        response: bytes,
+    ) -> StepOutcome:
+        """Keep an answer that an item's task got, for the next lease of the item."""
+        if not self._may_record(work_id, serial, attempt):
+            return StepOutcome.STALE
+        known = self.steps.of(work_id).get(position)
+        if known is not None and known.hash == request_hash:
+            return StepOutcome.ACCEPTED  # the reply to an earlier call was lost
+        policy, size = self.policy, len(response)
+        if (
+            size > policy.step_bytes
+            or self.steps.size_of(work_id) + size > policy.item_step_bytes
+            or self.steps.size + size > policy.run_step_bytes
+        ):
+            return StepOutcome.FULL
+        if known is not None:
+            self._record(StepsCut(work_id, position), now=0.0)
+        raw = msgspec.Raw(response)
+        self._record(Stepped(work_id, serial or 0, position, request_hash, raw), now=0.0)
+        return StepOutcome.ACCEPTED
+
+    def cut_steps(
+        self, work_id: int, serial: int | None, attempt: int, position: Position
+    ) -> StepOutcome:
+        """The task asks something else than recorded: drop what is recorded from there on."""
+        if not self._may_record(work_id, serial, attempt):
+            return StepOutcome.STALE
+        if any(known >= position for known in self.steps.of(work_id)):
+            self._record(StepsCut(work_id, position), now=0.0)
+        return StepOutcome.ACCEPTED
+
+    def _may_record(self, work_id: int, serial: int | None, attempt: int) -> bool:
+        """Say whether this is the item's oldest lease, in an attempt that still goes on.
+
+        One that is charged already will be begun again, so that copies still at work on it have
+        nothing to add.
+        """
+        item = self.items.get(work_id)
+        return (
+            item is not None
+            and bool(item.leases)
+            and item.leases[0].serial == serial
+            and item.attempt == attempt
+            and not item.owes_charge
+        )
 
     def condemned_ids(self) -> list[int]:
         """Return the items that ran out of reissues and have no tombstone yet."""
@@ -451,9 +530,28 @@ class WorkQueue:
             counters=msgspec.structs.replace(
                 self.counters, tombstones=dict(self.counters.tombstones)
             ),
-            items=[_item_state(item) for item in self.items.values()],
+            items=[self._item_state(item) for item in self.items.values()],
             tombstoned=self._replaceable(),
             workers=sorted(w.name for w in self.workers.values() if w.heartbeats),
+        )
+
+    def _item_state(self, item: Item) -> ItemState:
+        leases = [LeaseState(x.serial, x.worker, x.heartbeats, x.solo) for x in item.leases]
+        steps = self.steps.of(item.work_id).items()
+        return ItemState(
+            item.work_id,
+            item.offset,
+            item.line_bytes,
+            item.retries,
+            item.crashes,
+            item.releases,
+            item.attempt,
+            item.owes_charge,
+            item.condemned,
+            leases,
+            item.history,
+            item.fresh_starts,
+            [StepState(position, note.hash, note.size) for position, note in steps],
         )
 
     def restore(self, state: QueueState, now: float) -> None:
@@ -479,8 +577,11 @@ class WorkQueue:
                 saved.releases,
                 saved.attempt,
                 saved.owes_charge,
+                fresh_starts=saved.fresh_starts,
                 history=list(saved.history),
             )
+            for step in saved.steps:
+                self.steps.add(saved.work_id, step.position, StepNote(step.hash, step.size))
             self.items[saved.work_id] = item
             self._flags[saved.work_id - self._flags_base] = _OPEN
             for lease in saved.leases:
@@ -520,9 +621,19 @@ class WorkQueue:
         self._events.append(event)
 
     def _end(
-        self, lease: Lease, kind: EndKind, reason: str, now: float, *, keep_steps: bool = True
+        self,
+        lease: Lease,
+        kind: EndKind,
+        reason: str,
+        now: float,
+        *,
+        keep_yields: int | None = None,
+        fresh_start: bool = False,
     ) -> None:
-        self._record(LeaseEnded(lease.work_id, lease.serial, kind, reason, keep_steps), now)
+        ended = LeaseEnded(
+            lease.work_id, lease.serial, kind, reason, keep_yields, fresh_start=fresh_start
+        )
+        self._record(ended, now)
 
     def _apply_opened(self, event: Opened, now: float) -> None:
         items, work_id, offset = self.items, event.work_id, event.offset
@@ -551,6 +662,7 @@ class WorkQueue:
                 flags[work_id - base] = _DONE
         self.counters.done += len(event.work_ids)
         self.counters.failed += len(event.failed)
+        self.steps.apply(event)
         self._find_first_open()
 
     def _apply_tombstoned(self, event: Tombstoned, now: float) -> None:
@@ -563,6 +675,7 @@ class WorkQueue:
         replaceable = event.error == MAX_RETRIES_EXCEEDED
         if item := self.items.pop(event.work_id, None):
             self._let_go(item)
+        self.steps.apply(event)
         self._flags[event.work_id - self._flags_base] = _TOMBSTONE if replaceable else _DONE
         self._find_first_open()
 
@@ -598,8 +711,10 @@ class WorkQueue:
         if lease is None:
             return
         self._drop_lease(lease)
+        self.steps.apply(event)
         item = self.items[event.work_id]
         item.leases.remove(lease)
+        item.fresh_starts += event.fresh_start
         counters = self.counters
         counters.returned += event.kind == "returned"
         counters.released += event.kind == "released"
@@ -622,6 +737,15 @@ class WorkQueue:
                 return
             item.retries += 1
         self._make_ready(item)
+
+    def _apply_stepped(self, event: Stepped, now: float) -> None:
+        note = StepNote(event.hash, len(bytes(event.response)))
+        self.steps.add(event.work_id, event.position, note)
+        self.counters.steps += 1
+
+    def _apply_cut(self, event: StepsCut, now: float) -> None:
+        self.steps.apply(event)
+        self.counters.step_mismatches += 1
 
     def _apply_absolved(self, event: Absolved, now: float) -> None:
         item = self.items.get(event.work_id)
@@ -760,6 +884,7 @@ class WorkQueue:
                 item.retries,
                 item.attempt,
                 solo,
+                item.fresh_starts,
             )
             for place, item in enumerate(items)
         ]
@@ -932,20 +1057,3 @@ def _is_blame(ended: Ended, worker: str) -> bool:
 def _costs(ended: Ended) -> bool:
     """Say whether the attempt is charged for this; crashes in company are nobody's."""
     return ended.kind == "charged" or ended.solo
-
-
-def _item_state(item: Item) -> ItemState:
-    leases = [LeaseState(x.serial, x.worker, x.heartbeats, x.solo) for x in item.leases]
-    return ItemState(
-        item.work_id,
-        item.offset,
-        item.line_bytes,
-        item.retries,
-        item.crashes,
-        item.releases,
-        item.attempt,
-        item.owes_charge,
-        item.condemned,
-        leases,
-        item.history,
-    )

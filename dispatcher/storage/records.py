@@ -18,7 +18,10 @@ from dispatcher.core.events import (
     LeaseEnded,
     Left,
     Opened,
+    Position,
     QueueState,
+    Stepped,
+    StepsCut,
     Tombstoned,
     Watched,
 )
@@ -44,11 +47,22 @@ class OutputPosition(msgspec.Struct, frozen=True, array_like=True, tag="output")
     tail_crc: int
 
 
+class StepPlace(msgspec.Struct, frozen=True, array_like=True):
+    """Where the answer of a recorded step stands in the journal."""
+
+    work_id: int
+    position: Position
+    segment: int
+    offset: int
+    length: int
+
+
 class Checkpoint(msgspec.Struct, frozen=True, array_like=True, tag="checkpoint"):
-    """The queue's state where a segment begins, and the last positions of the output."""
+    """The state where a segment begins: of the queue, of the output, of the recorded steps."""
 
     queue: QueueState
     positions: list[OutputPosition]
+    steps: list[StepPlace] = []
 
 
 Record = (
@@ -61,6 +75,8 @@ Record = (
     | Finished
     | Tombstoned
     | LeaseEnded
+    | Stepped
+    | StepsCut
     | Absolved
     | Joined
     | Left
@@ -100,3 +116,9 @@ def payloads(record: Record, end: int) -> tuple[list[int], list[int], list[bytes
         result = bytes(record.result)
         return [record.work_id], [end - len("]") - len(result)], [result]
     return [], [], []
+
+
+def step_place(event: Stepped, end: int) -> tuple[int, int]:
+    """Return where the answer in a record that ends at byte `end` begins, and its length."""
+    length = len(bytes(event.response))
+    return end - len("]") - length, length

@@ -9,6 +9,7 @@ from dispatcher.errors import CorruptJournalError
 from dispatcher.storage.files import Files
 from dispatcher.storage.journal import Entry, Journal
 from dispatcher.storage.records import Checkpoint, OutputPosition, RunHeader, payloads
+from dispatcher.storage.step_index import StepIndex
 from dispatcher.storage.waiting import SegmentPlaces, WaitingIndex, load_places
 
 _POSITIONS_KEPT = 2
@@ -56,6 +57,7 @@ class Recovered:
     queue: WorkQueue
     index: WaitingIndex
     places: SegmentPlaces
+    steps: StepIndex
     retention: Retention
     header: RunHeader
 
@@ -67,6 +69,7 @@ def recover(journal: Journal, policy: QueuePolicy, now: float, files: Files) -> 
     """
     queue = WorkQueue(policy)
     places = SegmentPlaces()
+    steps = StepIndex()
     retention = Retention()
     header: RunHeader | None = None
     begun = False
@@ -77,11 +80,13 @@ def recover(journal: Journal, policy: QueuePolicy, now: float, files: Files) -> 
         elif isinstance(record, Checkpoint):
             queue.restore(record.queue, now)
             retention.positions = list(record.positions)
+            steps = StepIndex(record.steps)
             begun = True
         elif isinstance(record, OutputPosition):
             retention.note_position(record)
         elif begun:
             queue.apply(record, now)
+            steps.note(record, journal.current_segment, entry.end)
             _note_places(entry, places)
     if journal.is_empty:
         return None
@@ -94,7 +99,7 @@ def recover(journal: Journal, policy: QueuePolicy, now: float, files: Files) -> 
     places.enter(index, journal.current_segment)
     retention.note_result(journal.current_segment, places.last_work_id)
     queue.begin_again(now)
-    return Recovered(queue, index, places, retention, header)
+    return Recovered(queue, index, places, steps, retention, header)
 
 
 def index_whole(journal: Journal, recovered: Recovered) -> None:

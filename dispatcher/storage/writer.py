@@ -10,7 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from dispatcher.core.events import Event, QueueState
+from dispatcher.core.events import (
+    Event,
+    Finished,
+    LeaseEnded,
+    Position,
+    QueueState,
+    Stepped,
+    StepsCut,
+    Tombstoned,
+)
 from dispatcher.core.work_queue import QueuePolicy
 from dispatcher.errors import CorruptJournalError, StateError, StorageFullError
 from dispatcher.storage.files import Files
@@ -30,6 +39,7 @@ from dispatcher.storage.recovery import (
     index_whole,
     recover,
 )
+from dispatcher.storage.step_index import StepIndex
 from dispatcher.storage.waiting import (
     SegmentPlaces,
     WaitingIndex,
@@ -41,13 +51,15 @@ SEGMENT_BYTES = 64 << 20
 SEGMENT_RESULTS = 200_000
 _APPEND_ITEMS = 4096
 _APPEND_BYTES = 8 << 20
+_CONCERN_STEPS = (Stepped, StepsCut, LeaseEnded, Finished, Tombstoned)
 
 
 @dataclass(slots=True)
 class Batch:
     """Records to make durable together: `body` is their lines.
 
-    Result `results[i]` of line `work_ids[i]` begins at byte `starts[i]` of the body. `prefix` is
+    Result `results[i]` of line `work_ids[i]` begins at byte `starts[i]` of the body. `step_events`
+    are those that concern recorded steps, with the byte at which their record ends. `prefix` is
     the first line of the run without a result after this batch. `sync_output` asks to note how far
     the output is on disk; `state`, the queue's state after this batch, to begin a new segment.
     """
@@ -56,6 +68,7 @@ class Batch:
     work_ids: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     results: list[bytes] = field(default_factory=list)
+    step_events: list[tuple[Event, int]] = field(default_factory=list)
     prefix: int = 0
     sync_output: bool = False
     state: QueueState | None = None
@@ -69,6 +82,8 @@ class Batch:
             self.work_ids += work_ids
             self.starts += starts
             self.results += results
+        if isinstance(event, _CONCERN_STEPS):
+            self.step_events.append((event, len(body)))
         body += b"\n"
 
 
@@ -110,6 +125,7 @@ class RunWriter:
         self.output = OrderedOutput(outfile, files)
         self._index = WaitingIndex()
         self._places = SegmentPlaces()
+        self._steps = StepIndex()
         self._retention = Retention()
         self._header: RunHeader | None = None
         self._bytes_limit, self._results_limit = SEGMENT_BYTES, SEGMENT_RESULTS
@@ -133,6 +149,7 @@ class RunWriter:
         if recovered is None:
             return None
         self._index, self._places = recovered.index, recovered.places
+        self._steps = recovered.steps
         self._retention, self._header = recovered.retention, recovered.header
         return recovered
 
@@ -168,6 +185,8 @@ class RunWriter:
         if batch.body:
             start = self._journal.append(batch.body)
             offsets = self._note_results(batch, start)
+            for event, end in batch.step_events:
+                self._steps.note(event, self._journal.current_segment, start + end)
         if position is not None:
             self._retention.note_position(position)
         if not self._owner.is_confirmed:
@@ -181,6 +200,21 @@ class RunWriter:
             self._rotate(batch.state)
         if position is not None:
             self._drop_unneeded()
+
+    def read_steps(self, wanted: dict[int, list[Position]]) -> dict[int, dict[Position, bytes]]:
+        """Return recorded answers: for each item those at `wanted` that are still recorded.
+
+        Raises OSError or CorruptJournalError when the journal cannot be read.
+        """
+        found: dict[int, dict[Position, bytes]] = {}
+        for work_id, positions in wanted.items():
+            places = self._steps.of(work_id)
+            found[work_id] = {
+                position: self._journal.read(places[position])
+                for position in positions
+                if position in places
+            }
+        return found
 
     def finish_output(self) -> int:
         """Return the output's size once all of it is on disk, under its name.
@@ -314,14 +348,15 @@ class RunWriter:
             save_places(path, self._places, first_waiting, size, self._files)
 
     def _begin_segment(self, header: RunHeader, state: QueueState) -> None:
-        checkpoint = Checkpoint(state, self._retention.positions)
+        checkpoint = Checkpoint(state, self._retention.positions, self._steps.places())
         self._journal.begin_segment(header.epoch, encode_records(header, checkpoint))
         self._header, self._places = header, SegmentPlaces()
         self._bytes_limit = self._journal.segment_bytes + SEGMENT_BYTES
         self._results_limit = SEGMENT_RESULTS
 
     def _drop_unneeded(self) -> None:
-        needed = self._retention.first_needed(self._journal.current_segment)
+        current = self._journal.current_segment
+        needed = min(self._retention.first_needed(current), self._steps.first_needed(current))
         for segment in self._journal.drop_before(needed):
             self._files.unlink(places_path(segment.path))
         self._index.forget_before(self._retention.safe_lines)

@@ -97,11 +97,11 @@ def give_back(
     *,
     charge: bool,
     reason: str = "sigterm",
-    keep_steps: bool = True,
+    keep_yields: int | None = None,
     now: float = 0.0,
 ) -> bool:
     return queue.release(
-        grant.work_id, serial(grant), charge=charge, reason=reason, keep_steps=keep_steps, now=now
+        grant.work_id, serial(grant), charge=charge, reason=reason, keep_yields=keep_yields, now=now
     )
 
 
@@ -159,7 +159,7 @@ def test_the_work_timeout_is_charged_to_a_client_without_heartbeats_from_hand_ou
     assert queue.items[0].queued
     assert queue.counters.expired == 1
     end = last_end(queue)
-    assert (end.kind, end.reason, end.keep_steps) == ("charged", WORK_TIMEOUT, True)
+    assert (end.kind, end.reason, end.keep_yields) == ("charged", WORK_TIMEOUT, None)
 
 
 def test_the_work_timeout_is_charged_to_a_client_that_has_a_name_but_no_heartbeats() -> None:
@@ -225,10 +225,10 @@ def test_a_task_that_asks_for_a_retry_is_charged_and_its_steps_are_dropped() -> 
     queue = queue_of(1)
     grant = start_one(queue, "a", now=0.0)
 
-    assert give_back(queue, grant, charge=True, reason="task_retry", keep_steps=False)
+    assert give_back(queue, grant, charge=True, reason="task_retry", keep_yields=0)
 
     assert costs(queue) == (1, 0, 0)
-    assert not last_end(queue).keep_steps
+    assert last_end(queue).keep_yields == 0
     assert queue.items[0].history[0].reason == "task_retry"
     again = lease_one(queue, "a", now=1.0)
     assert (again.retries, again.attempt) == (1, 2)
@@ -266,7 +266,7 @@ def test_a_worker_that_vanished_costs_its_running_item_a_crash_and_no_charge() -
     assert costs(queue) == (0, 1, 0)
     assert queue.items[0].queued
     end = last_end(queue)
-    assert (end.kind, end.keep_steps) == ("crashed", True)
+    assert (end.kind, end.keep_yields) == ("crashed", None)
 
 
 def test_a_model_server_that_died_costs_its_running_item_a_crash_and_no_charge() -> None:
@@ -275,7 +275,7 @@ def test_a_model_server_that_died_costs_its_running_item_a_crash_and_no_charge()
     crash_while_running(queue, "a", now=0.0)
 
     assert costs(queue) == (0, 1, 0)
-    assert last_end(queue).keep_steps
+    assert last_end(queue).keep_yields is None
     assert lease_one(queue, "a", now=1.0).retries == 0
 
 
@@ -326,11 +326,11 @@ def test_an_old_clients_release_is_charged_and_drops_the_steps() -> None:
     queue = queue_of(1)
     lease_one(queue, "", now=0.0)
 
-    released = queue.release(0, None, charge=True, reason="released", keep_steps=False, now=1.0)
+    released = queue.release(0, None, charge=True, reason="released", keep_yields=0, now=1.0)
 
     assert released
     assert costs(queue) == (1, 0, 0)
-    assert not last_end(queue).keep_steps
+    assert last_end(queue).keep_yields == 0
 
 
 # -------------------------------------------------------------------- the end of all reissues
@@ -578,7 +578,7 @@ def test_a_lease_named_for_another_item_ends_nothing() -> None:
     queue.fail(first.work_id, serial(second), "not JSON", now=1.0)
 
     assert not queue.release(
-        second.work_id, serial(first), charge=True, reason="x", keep_steps=True, now=1.0
+        second.work_id, serial(first), charge=True, reason="x", keep_yields=None, now=1.0
     )
     assert len(queue.leases) == 2
 
@@ -630,9 +630,7 @@ def test_an_old_clients_release_by_id_ends_its_own_lease_and_not_that_of_a_worke
     running = start_one(queue, "a", now=0.0)
 
     def release(work_id: int) -> bool:
-        return queue.release(
-            work_id, None, charge=True, reason="released", keep_steps=False, now=1.0
-        )
+        return queue.release(work_id, None, charge=True, reason="released", keep_yields=0, now=1.0)
 
     assert not release(running.work_id)
     assert release(0)
@@ -892,7 +890,7 @@ def test_a_worker_that_comes_back_keeps_what_nobody_else_has() -> None:
     queue.expire(GONE_S)
     give_back(queue, lease_one(queue, "b", GONE_S), charge=False)  # line 0 is ready again
     (other,) = [g for g in queue.lease_ready("b", 2, now=GONE_S) if g.work_id == 1]
-    queue.release(0, None, charge=False, reason="x", keep_steps=True, now=GONE_S)
+    queue.release(0, None, charge=False, reason="x", keep_yields=None, now=GONE_S)
 
     verdict = beat(queue, "a", {kept: 2, taken: 2}, now=GONE_S + 1)
 
@@ -1435,7 +1433,7 @@ class Life:
             give_back(self.queue, picked[1], charge=bool(y % 2), now=self.now)
 
     def do_release_id(self, x: int, y: int, z: int) -> None:
-        self.queue.release(x, None, charge=True, reason="x", keep_steps=False, now=self.now)
+        self.queue.release(x, None, charge=True, reason="x", keep_yields=0, now=self.now)
 
     def do_crash(self, x: int, y: int, z: int) -> None:
         if picked := self.pick(x):
@@ -1543,7 +1541,7 @@ def test_no_item_is_done_twice_and_none_is_lost(
 def test_an_item_is_described_whole_in_a_checkpoint() -> None:
     """Whoever adds a durable field to Item must carry it through ItemState too."""
     volatile = {"queued"}
-    assert set(Item.__struct_fields__) - volatile == set(ItemStateFields)
+    assert {*Item.__struct_fields__, "steps"} - volatile == set(ItemStateFields)
 
 
 def test_the_ready_count_is_exact_whatever_became_of_an_item() -> None:
@@ -1556,7 +1554,7 @@ def test_the_ready_count_is_exact_whatever_became_of_an_item() -> None:
         queue.finish(answered_while_ready, None, b"{}", failed=False, now=0.0)
     assert queue.ready_count == 2
 
-    queue.release(0, None, charge=True, reason="x", keep_steps=True, now=0.0)
+    queue.release(0, None, charge=True, reason="x", keep_yields=None, now=0.0)
     assert queue.ready_count == 3
     assert [grant.work_id for grant in queue.lease_ready("", 9, now=0.0)] == [0, 2, 4]
     assert queue.ready_count == 0

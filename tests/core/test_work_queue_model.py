@@ -929,7 +929,7 @@ class Life(RuleBasedStateMachine):
     def give_back(self, work_id: int, serial: int | None, charge: bool, reason: str) -> None:
         lease = self.model.find(work_id, serial)
         released = self.queue.release(
-            work_id, serial, charge=charge, reason=reason, keep_steps=True, now=self.now
+            work_id, serial, charge=charge, reason=reason, keep_yields=None, now=self.now
         )
         assert released == (lease is not None)
         events = self.take_events()

@@ -446,7 +446,7 @@ class WorkerKiller:
                     alone |= set(leases) if solo else set()
                     if worker != HOLDER and "never began" in self._fate_of(worker):
                         self.problems.append(f"{worker} took work before it had begun")
-                case LeaseEnded(work_id, serial, kind, _, _):
+                case LeaseEnded(work_id, serial, kind):
                     worker = workers[serial]
                     died = self._fate_of(worker) - {"TERM"}
                     if kind == "charged" or (kind == "crashed" and not died):

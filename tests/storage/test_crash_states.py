@@ -229,7 +229,7 @@ class Scenario:
             else:
                 reason = "crash" if kind == "crashed" else "preempted"
                 queue.release(
-                    work_id, serial, charge=False, reason=reason, keep_steps=True, now=0.0
+                    work_id, serial, charge=False, reason=reason, keep_yields=None, now=0.0
                 )
             self.seen[kind] += 1
         self.seen["tombstones"] += len(queue.condemned_ids())

@@ -69,7 +69,7 @@ EVENTS: list[Record] = [
     OutputPosition(3, 120, 1),
     Finished([5, 9], [9, 0], [9], [msgspec.Raw(RESULT), msgspec.Raw(b"[ ]")]),
     Tombstoned(6, "blank_line", msgspec.Raw(b'{"__ERROR__": {}}')),
-    LeaseEnded(7, 10, "charged", "line one\nline two", False),
+    LeaseEnded(7, 10, "charged", "line one\nline two", 0),
     Absolved(7, "wörker"),
 ]
 

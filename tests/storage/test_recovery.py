@@ -73,7 +73,7 @@ def test_a_recovered_queue_is_the_one_that_wrote_the_journal(tmp_path: Path) -> 
     run = Run(tmp_path)
     run.open_lines(4)
     (first, second) = run.queue.lease_ready("a", 2, now=0.0)
-    run.queue.release(first.work_id, 1, charge=True, reason="x", keep_steps=True, now=0.0)
+    run.queue.release(first.work_id, 1, charge=True, reason="x", keep_yields=None, now=0.0)
     run.finish(2)
     run.write()
     run.writer.close()
