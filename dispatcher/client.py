@@ -33,6 +33,9 @@ from dispatcher.models import (
     ReleaseItem,
     ReleaseWorkRequest,
     ReleaseWorkResponse,
+    StepItem,
+    StepsResponse,
+    StepsSubmission,
     WorkItem,
     WorkStatus,
 )
@@ -238,6 +241,18 @@ class Wire:
             self._timeout_s,
         )
 
+    def record_steps(self, steps: Sequence[StepItem], worker: str | None) -> Call[StepsResponse]:
+        """Hand in steps of items; an older server without the call records none."""
+        return Call(
+            "POST",
+            "/steps",
+            _encode_lone_surrogates_too(StepsSubmission(list(steps), worker)),
+            StepsResponse,
+            StepsResponse(WorkStatus.SERVER_UNAVAILABLE),
+            StepsResponse(WorkStatus.OK, recording=False),
+            self._timeout_s,
+        )
+
     def status(self) -> Call[dict[str, Any]]:
         """Ask for the run's state."""
         return Call("GET", "/status", None, dict[str, Any], {}, {}, self._timeout_s)
@@ -270,7 +285,7 @@ def _sentence(body: bytes) -> str:
         return body[:200].decode("utf-8", "replace") or "no reason given"
 
 
-def _encode_lone_surrogates_too(body: BatchResultSubmission | ReleaseWorkRequest) -> bytes:
+def _encode_lone_surrogates_too(body: msgspec.Struct) -> bytes:
     try:
         return _encode(body)
     except UnicodeEncodeError:
@@ -314,6 +329,10 @@ class WorkClient:
     ) -> ReleaseWorkResponse:
         """Give items back: by id alone, which charges them, or with lease and charge."""
         return self._send(self._wire.release_work(work_ids, items, self._worker))
+
+    def record_steps(self, steps: Sequence[StepItem]) -> StepsResponse:
+        """Hand in answers that tasks got, so that nobody asks for them again."""
+        return self._send(self._wire.record_steps(steps, self._worker))
 
     def heartbeat(self, request: HeartbeatRequest) -> HeartbeatResponse:
         """Say that this worker is alive and what it holds."""
@@ -419,6 +438,10 @@ class AsyncWorkClient:
     ) -> ReleaseWorkResponse:
         """Give items back: by id alone, which charges them, or with lease and charge."""
         return await self._send(self._wire.release_work(work_ids, items, self._worker))
+
+    async def record_steps(self, steps: Sequence[StepItem]) -> StepsResponse:
+        """Hand in answers that tasks got, so that nobody asks for them again."""
+        return await self._send(self._wire.record_steps(steps, self._worker))
 
     async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatResponse:
         """Say that this worker is alive and what it holds."""

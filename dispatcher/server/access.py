@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from dispatcher.errors import BadRequestError
-from dispatcher.models import ResultItem
+from dispatcher.models import ResultItem, StepItem, StepsSubmission
 
 T = TypeVar("T")
 
@@ -115,16 +115,41 @@ def decode_submission(body: bytes) -> tuple[Submission, list[int]]:
     return submission, []
 
 
-def _decode_item_by_item(body: bytes) -> tuple[Submission, list[int]]:
+def decode_steps(body: bytes) -> tuple[list[StepItem], list[int]]:
+    """Decode a `/steps` body; one bad step does not harm the others.
+
+    Returns the readable steps and the places of those that are not.
+    """
+    try:
+        steps = msgspec.json.decode(body, type=StepsSubmission).steps
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        steps, unreadable = [], []
+        for place, raw in enumerate(_decode_loosely(body, "steps")["steps"]):
+            try:
+                steps.append(msgspec.convert(raw, StepItem))
+            except (msgspec.ValidationError, UnicodeEncodeError):
+                unreadable.append(place)
+        return steps, unreadable
+    check_length(steps, "steps", MAX_ITEMS)
+    return steps, []
+
+
+def _decode_loosely(body: bytes, name: str) -> dict[str, Any]:
+    """Decode a body that holds a list `name`, whatever its members are."""
     try:
         # Python's decoder lets lone surrogates and NaN pass, so that only the item that holds
         # them is refused, later.
         loose: Any = json.loads(body, parse_int=_int_or_text)
     except (ValueError, RecursionError) as error:
         raise BadRequestError(f"the body is not JSON: {error}") from error
-    if not isinstance(loose, dict) or not isinstance(loose.get("items"), list):
-        raise BadRequestError('the body must be an object with a list "items"')
-    check_length(loose["items"], "items", MAX_ITEMS)
+    if not isinstance(loose, dict) or not isinstance(loose.get(name), list):
+        raise BadRequestError(f'the body must be an object with a list "{name}"')
+    check_length(loose[name], name, MAX_ITEMS)
+    return loose
+
+
+def _decode_item_by_item(body: bytes) -> tuple[Submission, list[int]]:
+    loose = _decode_loosely(body, "items")
     items: list[ResultItem] = []
     unreadable: list[int] = []
     for place, raw in enumerate(loose["items"]):

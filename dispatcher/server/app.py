@@ -24,6 +24,8 @@ from dispatcher.models import (
     ReleaseItem,
     ReleaseWorkRequest,
     ReleaseWorkResponse,
+    StepOutcome,
+    StepsResponse,
     WorkStatus,
 )
 from dispatcher.server import access
@@ -63,6 +65,7 @@ def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -
             web.post("/results", post_results),
             web.post("/release", post_release),
             web.post("/heartbeat", post_heartbeat),
+            web.post("/steps", post_steps),
             web.get("/status", get_status),
             web.post("/work_timeout", post_work_timeout),
             web.get("/metrics", get_metrics),
@@ -206,6 +209,16 @@ async def post_heartbeat(request: web.Request) -> web.Response:
     if body.stats is not None:
         access.check_counts(body.stats)
     return _json(await request.app[SERVICE].heartbeat(body))
+
+
+async def post_steps(request: web.Request) -> web.Response:
+    """POST /steps"""
+    service = request.app[SERVICE]
+    steps, unreadable = access.decode_steps(await request.read())
+    outcomes = await service.record_steps(steps)
+    for place in unreadable:
+        outcomes.insert(place, StepOutcome.INVALID)
+    return _json(StepsResponse(WorkStatus.OK, outcomes, service.records_steps))
 
 
 async def get_status(request: web.Request) -> web.Response:
