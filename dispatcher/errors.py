@@ -111,8 +111,13 @@ class TaskFailed(TaskError):
 
 
 class TaskRetry(TaskError):
-    """The item should be tried again from the beginning, as one of its charged reissues."""
+    """The item should be tried again from the beginning, as one of its charged reissues.
 
-    def __init__(self, message: str = "") -> None:
+    Every request is asked anew then. With `keep_steps`, only those of the last yield are: the
+    answers to the yields before it are kept and given again.
+    """
+
+    def __init__(self, message: str = "", *, keep_steps: bool = False) -> None:
         super().__init__(message)
         self.message = message
+        self.keep_steps = keep_steps

@@ -290,7 +290,10 @@ async def _run_manager(args: argparse.Namespace, task_class: type[Task], backend
     def stats() -> WorkerStats:
         usage = backend.usage
         in_flight = manager.requests_in_flight if manager is not None else 0
-        return WorkerStats(usage.requests, usage.prompt_tokens, usage.completion_tokens, in_flight)
+        replayed = manager.totals.replayed if manager is not None else 0
+        return WorkerStats(
+            usage.requests, usage.prompt_tokens, usage.completion_tokens, in_flight, replayed
+        )
 
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     source: LeasedSource
@@ -300,6 +303,7 @@ async def _run_manager(args: argparse.Namespace, task_class: type[Task], backend
             task_class,
             worker=worker,
             token=_token(args),
+            model=args.model,
             batch_size=args.batch_size,
             server_timeout_s=args.server_timeout,
             backend_up=backend.healthy,
@@ -313,6 +317,7 @@ async def _run_manager(args: argparse.Namespace, task_class: type[Task], backend
             run_settings_of(args, args.input, args.output),
             task_class,
             worker=worker,
+            model=args.model,
             batch_size=args.batch_size,
             backend_up=backend.healthy,
             stats=stats,

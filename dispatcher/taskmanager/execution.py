@@ -14,6 +14,7 @@ from typing import Any
 from dispatcher.errors import TaskFailed, TaskRetry
 from dispatcher.models import WorkItem
 from dispatcher.taskmanager.backend.request import Request, Response
+from dispatcher.taskmanager.steps import Asked, StepLog
 from dispatcher.taskmanager.task.base import Task
 
 MAX_RESULT_BYTES = 16 << 20
@@ -29,9 +30,10 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class WantsRetry:
-    """The task asked to be tried again from the beginning."""
+    """The task asked to be tried again; `keep_steps`: only its last yield is to be asked anew."""
 
     reason: str
+    keep_steps: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +45,21 @@ class Raised:
 
 
 Outcome = Answered | WantsRetry | Raised
-Step = list[Request] | Outcome
+Step = list[Asked] | Outcome
 
 
 class Attempt:
-    """Drives one task through the Task interface."""
+    """Drives one task through the Task interface.
 
-    def __init__(self, build: Callable[[], Task | Answered]) -> None:
+    `log` holds what its requests were answered before, None when nothing is recorded. `yields` is
+    how often the task asked, which for a generator is the number of its yields so far.
+    """
+
+    def __init__(self, build: Callable[[], Task | Answered], log: StepLog | None = None) -> None:
         self._build = build
+        self._log = log
         self._unanswered = 0
+        self.yields = 0
         self.task: Task | None = None
 
     def begin(self) -> Step:
@@ -67,6 +75,8 @@ class Attempt:
         if isinstance(built, Answered):
             return built
         self.task = built
+        if not built.record_steps:
+            self._log = None
         return self._proceed(built)
 
     def _answer(self, responses: Sequence[Response]) -> Step:
@@ -77,23 +87,49 @@ class Attempt:
         return self._proceed(self.task)
 
     def _proceed(self, task: Task) -> Step:
-        requests: list[Request] = []
-        while (request := task.get_next_request()) is not None:
-            if not isinstance(request, Request):
-                raise TypeError(f"get_next_request returned {type(request).__name__}, no Request")
-            requests.append(request)
+        to_ask: list[Asked] = []
+        while new := self._take_requests(task):
+            left = self._replay(task, new)
+            to_ask += left
+            if len(left) == len(new):
+                break  # nothing was answered, so the task has nothing more to ask
         if task.is_done():
             return self._end(task)
-        self._unanswered += len(requests)
         if not self._unanswered:
             return Answered(
                 error_line("task_stuck", "the task is not done but asks nothing", task.data)
             )
-        return requests
+        return to_ask
+
+    def _take_requests(self, task: Task) -> list[Asked]:
+        """Return what the task asks now."""
+        new: list[Asked] = []
+        while (request := task.get_next_request()) is not None:
+            if not isinstance(request, Request):
+                raise TypeError(f"get_next_request returned {type(request).__name__}, no Request")
+            position = (self.yields, len(new))
+            new.append(self._log.ask(request, position) if self._log else Asked(request, position))
+        self.yields += bool(new)
+        self._unanswered += len(new)
+        return new
+
+    def _replay(self, task: Task, asked: list[Asked]) -> list[Asked]:
+        """Answer what was answered before; return what is left for the model."""
+        if self._log is None:
+            return asked
+        left: list[Asked] = []
+        for one in asked:
+            if (response := self._log.replay(one)) is None:
+                left.append(one)
+            else:
+                self._unanswered -= 1
+                task.process_result(response)
+        return left
 
     def _end(self, task: Task) -> Outcome:
         if task.should_retry():
-            return WantsRetry(str(getattr(task, "retry_reason", "")))
+            reason = str(getattr(task, "retry_reason", ""))
+            return WantsRetry(reason, bool(getattr(task, "keep_steps", False)))
         result, _ = task.get_result()
         return Answered(result_line(result, task.data))
 
@@ -105,7 +141,7 @@ class Attempt:
                 data = self.task.data if self.task is not None else None
                 return Answered(error_line(str(failure.error_type), str(failure.message), data))
             except TaskRetry as retry:
-                return WantsRetry(str(retry.message))
+                return WantsRetry(str(retry.message), bool(retry.keep_steps))
         except BaseException as error:  # noqa: BLE001
             # Task code may raise anything, SystemExit included; one item pays, nothing else.
             return Raised(f"{type(error).__name__}: {_text_of(error)}", _place_of(error))

@@ -10,10 +10,11 @@ from functools import partial
 
 from dispatcher.errors import BackendError
 from dispatcher.taskmanager.backend.base import Backend
-from dispatcher.taskmanager.backend.request import Request, Response
+from dispatcher.taskmanager.backend.request import Response
 from dispatcher.taskmanager.execution import Attempt, Outcome
 from dispatcher.taskmanager.slots import RequestSlots
 from dispatcher.taskmanager.step_threads import StepThreads
+from dispatcher.taskmanager.steps import Asked
 from dispatcher.taskmanager.tasksource.base import Assignment, WorkSource
 
 
@@ -23,6 +24,7 @@ class Totals:
 
     started: int = 0
     ended: int = 0
+    replayed: int = 0
 
 
 class Manager:
@@ -102,7 +104,7 @@ class Manager:
         task.add_done_callback(self._ended)
 
     async def _run_item(self, assignment: Assignment, order: int) -> None:
-        attempt = Attempt(assignment.build)
+        attempt = Attempt(assignment.build, assignment.log)
         outcome = await self._attempt(attempt, assignment, order)
         await self._source.finish(assignment, attempt, outcome)
 
@@ -110,7 +112,7 @@ class Manager:
 
     async def _attempt(self, attempt: Attempt, assignment: Assignment, order: int) -> Outcome:
         """Alternate between task code and model requests until the attempt ends."""
-        answers: asyncio.Queue[Response] = asyncio.Queue()
+        answers: asyncio.Queue[tuple[Asked, Response]] = asyncio.Queue()
         asking: set[asyncio.Task[None]] = set()
         try:
             try:
@@ -119,25 +121,30 @@ class Manager:
                 self._starting.discard(assignment)
             while isinstance(step, list):
                 if len(step) == 1 and not asking:
-                    responses = [await self._ask(step[0], order)]
+                    answered = [(step[0], await self._ask(step[0], order))]
                 else:
-                    asking |= {self._ask_beside(request, order, answers) for request in step}
-                    responses = [await answers.get()]
+                    asking |= {self._ask_beside(asked, order, answers) for asked in step}
+                    answered = [await answers.get()]
                     while not answers.empty():
-                        responses.append(answers.get_nowait())
+                        answered.append(answers.get_nowait())
                     asking = {task for task in asking if not task.done()}
-                assignment.progress += len(responses)
+                assignment.progress += len(answered)
+                for asked, response in answered:
+                    self._source.record(assignment, asked, response)
+                responses = [response for _, response in answered]
                 step = await self._threads.run(partial(attempt.answer, responses))
                 self._room.set()
             return step
         finally:
             for task in asking:
                 task.cancel()
+            if assignment.log is not None:
+                self.totals.replayed += assignment.log.replayed
 
-    async def _ask(self, request: Request, order: int) -> Response:
+    async def _ask(self, asked: Asked, order: int) -> Response:
         await self._slots.acquire(order)
         try:
-            return await self._backend.process(request)
+            return await self._backend.process(asked.request)
         except Exception as error:
             self._fail(error)  # before the slot gets free: nothing else may start in it
             raise
@@ -146,11 +153,11 @@ class Manager:
             self._room.set()
 
     def _ask_beside(
-        self, request: Request, order: int, answers: asyncio.Queue[Response]
+        self, asked: Asked, order: int, answers: asyncio.Queue[tuple[Asked, Response]]
     ) -> asyncio.Task[None]:
         async def ask() -> None:
             with contextlib.suppress(Exception):  # _ask told it, and the manager ends
-                answers.put_nowait(await self._ask(request, order))
+                answers.put_nowait((asked, await self._ask(asked, order)))
 
         return asyncio.ensure_future(ask())
 

@@ -16,6 +16,9 @@ from dispatcher.models import (
     Outcome,
     ReleaseItem,
     ReleaseWorkResponse,
+    StepItem,
+    StepOutcome,
+    StepsResponse,
     WorkItem,
     WorkStatus,
 )
@@ -184,7 +187,7 @@ class StubLink:
     """A server in memory: grants leases, takes results, and can go away.
 
     `work` holds what it has; it is complete when every line it ever had is settled. `asked`
-    are the calls for work, `wants` the ones that rode on results.
+    are the calls for work, `wants` the ones that rode on results, `steps` what was recorded.
     """
 
     def __init__(self, *lines: WorkItem) -> None:
@@ -195,6 +198,7 @@ class StubLink:
         self.wants: list[int] = []
         self.submitted: list[WorkItem] = []
         self.released: list[ReleaseItem] = []
+        self.steps: list[StepItem] = []
         self.attempts = 0
         self.closed = False
         self.retry_in: float | None = None
@@ -208,6 +212,12 @@ class StubLink:
         if not self.open:
             return BatchWorkResponse(WorkStatus.ALL_WORK_COMPLETE)
         return BatchWorkResponse(WorkStatus.RETRY, self.retry_in)
+
+    async def record_steps(self, steps: Sequence[StepItem]) -> StepsResponse:
+        if not self.up:
+            return StepsResponse(WorkStatus.SERVER_UNAVAILABLE)
+        self.steps += steps
+        return StepsResponse(WorkStatus.OK, [StepOutcome.ACCEPTED] * len(steps))
 
     async def get_work(self, batch_size: int = 1, wait_s: float = 0.0) -> BatchWorkResponse:
         await asyncio.sleep(self.latency_s)

@@ -43,8 +43,14 @@ def play(
     step: Step = attempt.begin()
     while isinstance(step, list):
         assert step, "a task that waits for nothing must have ended"
-        step = attempt.answer([reply(request) for request in step])
+        step = attempt.answer([reply(asked.request) for asked in step])
     return step
+
+
+def requests_of(step: Step) -> list[Request]:
+    """Return what the task asks."""
+    assert isinstance(step, list), step
+    return [asked.request for asked in step]
 
 
 def value(outcome: Outcome) -> Any:
@@ -455,7 +461,7 @@ def test_a_yielded_list_is_answered_in_the_order_yielded_whatever_order_answers_
     pending: list[Request] = []
     step = attempt.begin()
     while isinstance(step, list):
-        pending += step
+        pending += [asked.request for asked in step]
         rng.shuffle(pending)
         batch, pending = pending[:37], pending[37:]
         step = attempt.answer([answer(request, said(request)) for request in batch])
@@ -554,7 +560,7 @@ def test_a_list_that_is_partly_answered_asks_nothing_anew() -> None:
         return {}
 
     attempt = Attempt(lambda: task_of(generator)({}))
-    requests: Any = attempt.begin()
+    requests = requests_of(attempt.begin())
 
     assert attempt.answer([answer(requests[2])]) == []
     assert attempt.answer([answer(requests[0])]) == []
@@ -585,8 +591,8 @@ def test_tasks_that_ask_beside_what_is_unanswered_are_driven_too() -> None:
             return {"answered": self.answered}, None
 
     attempt = Attempt(lambda: Rolling({}))
-    first: Any = attempt.begin()
-    second: Any = attempt.answer([answer(first[0])])
+    first = requests_of(attempt.begin())
+    second = requests_of(attempt.answer([answer(first[0])]))
 
     assert [said(request) for request in second] == ["c"]
     assert attempt.answer([answer(second[0])]) == []

@@ -349,7 +349,9 @@ async def report(item: WorkItem, outcome: Any) -> StubLink:
 def test_a_task_that_wants_another_attempt_is_released_charged_without_its_steps() -> None:
     link = run(report(line(0), WantsRetry("the model rambled")))
 
-    assert link.released == [ReleaseItem(0, "0.1", True, "task_retry: the model rambled", "drop")]
+    assert link.released == [
+        ReleaseItem(0, "0.1", True, "task_retry: the model rambled", "drop", 0, fresh_start=True)
+    ]
     assert not link.submitted
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
+from random import Random
 from typing import Any, ClassVar
 
 from dispatcher.errors import TaskFailed, TaskRetry
@@ -28,10 +30,25 @@ class Task(ABC):
 
     args: ClassVar[Mapping[str, Any]] = {}
 
+    record_steps: ClassVar[bool] = False
+    """Whether the task asks the same when it is run again with the same answers, so that an item
+    that is handed out again need not be begun anew. A class may say False."""
+
     def __init__(self, data: dict[str, Any], context: Any = None) -> None:
         self.data = data
         self.context = context
         self.retry_reason: str = ""
+        self.keep_steps = False
+
+    @cached_property
+    def rng(self) -> Random:
+        """Random numbers that are the same whenever the item is begun again.
+
+        They depend on the run, the line and the number of times the task raised TaskRetry to
+        begin anew (with `keep_steps` they stay the same, as the kept steps must fit).
+        """
+        of_item = [getattr(self.context, name, None) for name in ("run", "work_id")]
+        return Random(f"{of_item} {getattr(self.context, 'fresh_starts', 0)}")
 
     @classmethod  # noqa: B027 (optional hook)
     def setup(cls, args: Mapping[str, Any]) -> None:

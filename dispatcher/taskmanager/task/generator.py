@@ -37,6 +37,8 @@ class GeneratorTask(Task):
     `__ERROR__` line, TaskRetry to have the item tried again from the beginning.
     """
 
+    record_steps = True
+
     def __init__(self, data: dict[str, Any], context: Any = None) -> None:
         super().__init__(data, context)
         self._generator: Generator[Any, Any, Any] | None = None
@@ -140,6 +142,7 @@ class GeneratorTask(Task):
             self._finish({"__ERROR__": error})
         except TaskRetry as retry:
             self.retry_reason = retry.message
+            self.keep_steps = retry.keep_steps
             self._retry = True
             self._finish(None)
         else:

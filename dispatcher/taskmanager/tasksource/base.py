@@ -7,19 +7,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from dispatcher.taskmanager.backend.request import Response
 from dispatcher.taskmanager.execution import Answered, Attempt, Outcome
+from dispatcher.taskmanager.steps import Asked, StepLog
 from dispatcher.taskmanager.task.base import Task
 
 
 @dataclass(slots=True, eq=False)
 class Assignment:
-    """One item a worker holds. `progress` is 0 until it is started, then grows with each step."""
+    """One item a worker holds. `progress` is 0 until it is started, then grows with each step.
+
+    `log` has the steps recorded for it; None when its source records none.
+    """
 
     key: str
     build: Callable[[], Task | Answered]
     solo: bool = False
     progress: int = 0
     item: Any = None
+    log: StepLog | None = None
     cancel: Callable[[], object] | None = field(default=None, repr=False)
 
 
@@ -33,6 +39,11 @@ class WorkSource(ABC):
     @abstractmethod
     async def next(self) -> Assignment | None:
         """Return the next item, or None when there will be no more."""
+
+    def record(  # noqa: B027 (a source may have no use for it)
+        self, assignment: Assignment, asked: Asked, response: Response
+    ) -> None:
+        """Take an answer that the item's task is about to get; returns at once."""
 
     @abstractmethod
     async def finish(self, assignment: Assignment, attempt: Attempt, outcome: Outcome) -> None:

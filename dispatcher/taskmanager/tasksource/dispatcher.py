@@ -108,6 +108,7 @@ class DispatcherTaskSource(LeasedSource):
         *,
         worker: str,
         token: str | None = None,
+        model: str | None = None,
         batch_size: int,
         server_timeout_s: float,
         backend_up: Callable[[], bool],
@@ -118,6 +119,7 @@ class DispatcherTaskSource(LeasedSource):
             self._client,
             task_class,
             worker=worker,
+            model=model,
             batch_size=batch_size,
             server_timeout_s=server_timeout_s,
             backend_up=backend_up,
@@ -178,6 +180,6 @@ class DispatcherTaskSource(LeasedSource):
         """End the work: the manager gets `error` when it asks for the next item."""
         self._failure = self._failure or error
         self._something_to_take.set()
-        for task in (self._exchange, self._poll):
+        for task in (self._exchange, self._poll, self._recording):
             if task is not None:
                 task.cancel()

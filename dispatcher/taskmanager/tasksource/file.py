@@ -17,6 +17,8 @@ from dispatcher.models import (
     ReleaseItem,
     ReleaseWorkResponse,
     ResultItem,
+    StepItem,
+    StepsResponse,
     WorkerStats,
     WorkItem,
     WorkStatus,
@@ -68,6 +70,14 @@ class ServiceLink:
             return ReleaseWorkResponse(WorkStatus.SERVER_UNAVAILABLE)
         return ReleaseWorkResponse(WorkStatus.OK, count)
 
+    async def record_steps(self, steps: Sequence[StepItem]) -> StepsResponse:
+        """Hand in what running items' tasks were answered."""
+        try:
+            outcomes = await self._service.record_steps(steps)
+        except StorageFullError:
+            return StepsResponse(WorkStatus.SERVER_UNAVAILABLE)
+        return StepsResponse(WorkStatus.OK, outcomes, self._service.records_steps)
+
     async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatResponse:
         """Say what is held."""
         try:
@@ -88,6 +98,7 @@ class FileTaskSource(LeasedSource):
         task_class: type[Task],
         *,
         worker: str,
+        model: str | None = None,
         batch_size: int,
         backend_up: Callable[[], bool],
         stats: Callable[[], WorkerStats],
@@ -97,6 +108,7 @@ class FileTaskSource(LeasedSource):
             ServiceLink(self.service, worker),
             task_class,
             worker=worker,
+            model=model,
             batch_size=batch_size,
             server_timeout_s=float("inf"),
             backend_up=backend_up,

@@ -24,10 +24,13 @@ from dispatcher.models import (
     Outcome,
     ReleaseItem,
     ReleaseWorkResponse,
+    StepItem,
+    StepsResponse,
     WorkerStats,
     WorkItem,
     WorkStatus,
 )
+from dispatcher.taskmanager.backend.request import Response
 from dispatcher.taskmanager.execution import (
     Answered,
     Attempt,
@@ -37,6 +40,8 @@ from dispatcher.taskmanager.execution import (
     task_of_line,
 )
 from dispatcher.taskmanager.execution import Outcome as AttemptOutcome
+from dispatcher.taskmanager.recorder import StepRecorder
+from dispatcher.taskmanager.steps import Asked, StepLog
 from dispatcher.taskmanager.task.base import Task
 from dispatcher.taskmanager.tasksource.base import Assignment, WorkSource
 
@@ -53,7 +58,7 @@ log = logging.getLogger(__name__)
 
 
 class Link(Protocol):
-    """The four calls a worker makes; AsyncWorkClient has them."""
+    """The calls a worker makes; AsyncWorkClient has them."""
 
     async def get_work(self, batch_size: int = 1, wait_s: float = 0.0) -> BatchWorkResponse:
         """Ask for work."""
@@ -66,6 +71,9 @@ class Link(Protocol):
     ) -> ReleaseWorkResponse:
         """Give items back."""
 
+    async def record_steps(self, steps: Sequence[StepItem]) -> StepsResponse:
+        """Hand in what running items' tasks were answered."""
+
     async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatResponse:
         """Say what is held."""
 
@@ -74,7 +82,10 @@ class Link(Protocol):
 
 
 class LeasedSource(WorkSource):
-    """The worker's side of the protocol. `batch_size` items are kept ready ahead of need."""
+    """The worker's side of the protocol. `batch_size` items are kept ready ahead of need.
+
+    `model` is what requests ask that name none; a recorded answer of another one does not count.
+    """
 
     def __init__(
         self,
@@ -82,6 +93,7 @@ class LeasedSource(WorkSource):
         task_class: type[Task],
         *,
         worker: str,
+        model: str | None = None,
         batch_size: int,
         server_timeout_s: float,
         backend_up: Callable[[], bool],
@@ -94,6 +106,9 @@ class LeasedSource(WorkSource):
         self._server_timeout_s = server_timeout_s
         self._backend_up = backend_up
         self._stats = stats
+        self._model = model
+        self._recorder = StepRecorder(link.record_steps)
+        self._recording: asyncio.Task[None] | None = None
         self._wanted: Callable[[], int] = lambda: 0
         self._held: dict[str, Assignment] = {}
         self._buffer: deque[Assignment] = deque()
@@ -117,6 +132,8 @@ class LeasedSource(WorkSource):
         self._wanted = wanted
         self._exchange = asyncio.ensure_future(self._exchange_forever())
         self._exchange.add_done_callback(self._note_end)
+        self._recording = asyncio.ensure_future(self._recorder.run())
+        self._recording.add_done_callback(self._note_end)
         self._something_to_send.set()
 
     async def next(self) -> Assignment | None:
@@ -134,28 +151,44 @@ class LeasedSource(WorkSource):
             self._something_to_send.set()
             await self._something_to_take.wait()
 
+    def record(self, assignment: Assignment, asked: Asked, response: Response) -> None:
+        """Take an answer, to be recorded unless the item ends with it."""
+        log_ = assignment.log
+        if log_ is None:
+            return
+        if log_.cut_at is not None:
+            self._recorder.cut(assignment.item, log_.cut_at)
+            log_.cut_at = None
+        self._recorder.offer(assignment.item, asked, response)
+
     async def finish(
         self, assignment: Assignment, attempt: Attempt, outcome: AttemptOutcome
     ) -> None:
         """Queue the result or the release for the next exchange."""
         item: WorkItem = assignment.item
+        # What its answers led to must not happen again.
+        last_yield = max(0, attempt.yields - 1)
         match outcome:
             case Answered(result):
                 self._queue_result(item, result)
-            case WantsRetry(reason):
-                self._queue_release(item, f"task_retry: {reason}")
+            case WantsRetry(reason, keep_steps):
+                kept = last_yield if keep_steps else 0
+                self._queue_release(
+                    item, f"task_retry: {reason}", keep_yields=kept, fresh_start=not keep_steps
+                )
             case Raised(message, place):
                 log.warning("line %d: the task raised %s (%s)", item.work_id, message, place)
                 if _is_last_attempt(item):
                     self._queue_result(item, exception_line(outcome, item))
                 else:
-                    self._queue_release(item, f"task_exception: {message} ({place})")
+                    reason = f"task_exception: {message} ({place})"
+                    self._queue_release(item, reason, keep_yields=last_yield)
         self._something_to_send.set()
 
     async def give_back(self, assignments: list[Assignment], reason: str) -> None:
         """Report what is finished and release the rest, within a few seconds."""
         self._closing = True
-        for task in (self._exchange, self._poll):
+        for task in (self._exchange, self._poll, self._recording):
             if task is not None:
                 task.cancel()
         started = {assignment.key for assignment in assignments}
@@ -166,6 +199,7 @@ class LeasedSource(WorkSource):
                 self._queue_release(assignment.item, why, charge=False)
         try:
             async with asyncio.timeout(_GIVE_BACK_S):
+                await self._recorder.flush()
                 while self._results and await self._send_results():
                     pass
                 while self._releases and await self._send_releases():
@@ -182,8 +216,9 @@ class LeasedSource(WorkSource):
             await asyncio.wait([self._exchange])
         if self._failure is not None:
             raise self._failure
-        if self._poll is not None:
-            self._poll.cancel()
+        for task in (self._poll, self._recording):
+            if task is not None:
+                task.cancel()
         await self._link.heartbeat(self.heartbeat_request())  # the final totals
         await self._link.close()
 
@@ -219,8 +254,10 @@ class LeasedSource(WorkSource):
             await self._something_to_send.wait()
             self._something_to_send.clear()
             sent = True
+            if self._steps_go_first():
+                sent = await self._recorder.flush()
             if self._results:
-                sent = await self._send_results()
+                sent = await self._send_results() and sent
             if self._releases:
                 sent = await self._send_releases() and sent
             if not sent:
@@ -231,6 +268,11 @@ class LeasedSource(WorkSource):
             elif self._need() and self._poll is None:
                 self._poll = asyncio.ensure_future(self._poll_once())
                 self._poll.add_done_callback(self._note_end)
+
+    def _steps_go_first(self) -> bool:
+        """Say whether steps wait whose lease is about to end: it takes none after that."""
+        ending = {item.lease for item in self._results} | {item.lease for item in self._releases}
+        return self._recorder.is_waiting_for(ending)
 
     async def _send_results(self) -> bool:
         batch: list[WorkItem] = []
@@ -285,9 +327,10 @@ class LeasedSource(WorkSource):
 
     def _take_work(self, reply: BatchWorkResponse) -> None:
         for item in reply.items:
-            assignment = Assignment(
-                _key(item), partial(task_of_line, self._task_class, item), item.solo, item=item
-            )
+            log_ = StepLog(item.steps or (), self._model) if self._recorder.is_on else None
+            item.steps = None
+            build = partial(task_of_line, self._task_class, item)
+            assignment = Assignment(_key(item), build, item.solo, item=item, log=log_)
             self._held[assignment.key] = assignment
             self._buffer.append(assignment)
         if reply.status is WorkStatus.ALL_WORK_COMPLETE and not self._complete:
@@ -310,19 +353,33 @@ class LeasedSource(WorkSource):
         return 0 if enough else max(0, need)
 
     def _queue_result(self, item: WorkItem, result: str) -> None:
+        self._recorder.forget(item)
         item.set_result(result)
         if item.lease is not None:
             item.content = ""  # only older servers, which grant no leases, want it back
         self._results.append(item)
 
-    def _queue_release(self, item: WorkItem, reason: str, *, charge: bool = True) -> None:
+    def _queue_release(
+        self,
+        item: WorkItem,
+        reason: str,
+        *,
+        charge: bool = True,
+        keep_yields: int | None = None,
+        fresh_start: bool = False,
+    ) -> None:
         self._held.pop(_key(item), None)
-        steps = "drop" if charge else "keep"
+        self._recorder.forget(item, keep_yields)
+        steps = "drop" if keep_yields == 0 else "keep"
         reason = reason.encode("utf-8", "replace").decode()
-        self._releases.append(ReleaseItem(item.work_id, item.lease, charge, reason[:500], steps))
+        release = ReleaseItem(item.work_id, item.lease, charge, reason[:500], steps)
+        release.keep_yields, release.fresh_start = keep_yields, fresh_start
+        self._releases.append(release)
 
     def _drop(self, assignment: Assignment) -> None:
         self._held.pop(assignment.key, None)
+        if assignment.item is not None:
+            self._recorder.forget(assignment.item)
         if assignment in self._buffer:
             self._buffer.remove(assignment)
         if assignment.cancel is not None:
@@ -360,7 +417,7 @@ class LeasedSource(WorkSource):
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failure = error
             self._something_to_take.set()
-            for other in (self._exchange, self._poll):
+            for other in (self._exchange, self._poll, self._recording):
                 if other is not None and other is not task:
                     other.cancel()
 
