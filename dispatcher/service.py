@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from dispatcher.config import RunSettings
-from dispatcher.core.results import is_error, lease_serials, valid_results
+from dispatcher.core.results import error_kind, lease_serials, valid_results
 from dispatcher.core.work_queue import (
     MAX_RETRIES_EXCEEDED,
     WorkQueue,
@@ -389,6 +389,7 @@ class DispatchService:
             "released": counters.released,
             "returned": counters.returned,
             "tombstones": counters.tombstones,
+            "errors": counters.errors,
             "steps": counters.steps,
             "step_mismatches": counters.step_mismatches,
             "step_bytes": queue.steps.size,
@@ -541,7 +542,7 @@ class DispatchService:
         results = valid_results([item.result for item in items], self.settings.max_result_bytes)
         good = [result for result in results if result is not None]
         if len(good) == len(items) and {item.run for item in items} <= {None, run_id}:
-            arrivals = list(zip(work_ids, serials, good, map(is_error, good), strict=True))
+            arrivals = list(zip(work_ids, serials, good, map(error_kind, good), strict=True))
             outcomes = queue.finish_all(arrivals, now)
         else:
             outcomes = self._take_one_by_one(items, serials, results, now)
@@ -564,7 +565,7 @@ class DispatchService:
             elif result is None:
                 outcomes.append(self._refuse_result(item, serial, now))
             else:
-                arrival = (item.work_id, serial, result, is_error(result))
+                arrival = (item.work_id, serial, result, error_kind(result))
                 outcomes += self.queue.finish_all([arrival], now)
         return outcomes
 
@@ -646,6 +647,7 @@ class DispatchService:
     def _queue_events(self) -> None:
         for event in self.queue.take_events():
             self._batch.add(event)
+        self._batch.pasts += self.queue.take_pasts()
         if self._batch.body:
             self._work_queued.set()
 

@@ -2121,3 +2121,70 @@ def test_the_state_on_disk_replays_to_the_state_in_memory(settings: RunSettings)
             assert durable(service) == memory
 
     run(scenario())
+
+
+# ---------------------------------------------------------------- what people are told
+
+
+def test_errors_are_counted_by_kind_also_after_a_restart(settings: RunSettings) -> None:
+    give_input(settings, 4)
+    with settings.infile.open("a") as infile:
+        infile.write("\n")
+
+    def failed(item: WorkItem, kind: str) -> ResultItem:
+        return answer(item, json.dumps({"__ERROR__": {"error": kind}}))
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            items = await take(service, 5)
+            await service.submit([failed(items[0], "no_answer"), failed(items[1], "no_answer")])
+            await service.submit([failed(items[2], "too_long")])
+            expected = {"no_answer": 2, "too_long": 1, "blank_line": 1}
+            assert service.status()["errors"] == expected
+            await drop(service)
+        async with serving(settings) as service:
+            assert service.status()["errors"] == expected
+            assert service.status()["failed"] == 4
+
+    run(scenario())
+
+
+def test_kinds_of_errors_without_end_do_not_fill_the_memory(settings: RunSettings) -> None:
+    give_input(settings, 150)
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            items = await take(service, 150)
+            await service.submit(
+                [
+                    answer(item, json.dumps({"__ERROR__": {"error": f"kind{item.work_id}"}}))
+                    for item in items
+                ]
+            )
+            errors = service.status()["errors"]
+            assert len(errors) == 101
+            assert errors["other"] == 50
+
+    run(scenario())
+
+
+def test_the_history_tells_of_lines_that_needed_more_than_one_attempt(
+    settings: RunSettings,
+) -> None:
+    give_input(settings, 3)
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            first, second, third = await take(service, 3, "node1")
+            await service.release([give_back(first, charge=True), give_back(second)])
+            again = await take(service, 2, "node2")
+            await service.submit([answer(item) for item in [*again, third]])
+
+    run(scenario())
+
+    (told,) = (settings.state_dir / "history.jsonl").read_text().splitlines()
+    told = json.loads(told)
+    assert (told["work_id"], told["outcome"], told["worker"]) == (0, "ok", "node2")
+    assert [(a["attempt"], a["worker"], a["kind"]) for a in told["attempts"]] == [
+        (1, "node1", "charged")
+    ]

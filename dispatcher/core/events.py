@@ -21,6 +21,9 @@ crashed:  a worker or its model server died while the item was running.
 """
 
 
+OTHER_ERRORS = "other"
+_MOST_KINDS = 100
+
 Position = tuple[int, int]
 """Where a request stands in its task: number of the yield, place in the list that was yielded."""
 
@@ -52,13 +55,13 @@ class Issued(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="issue"
 class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="results"):
     """Workers' results were taken, `results[i]` for line `work_ids[i]` under lease `serials[i]`.
 
-    The serial is 0 when the client named no lease. `failed` names the lines among them whose
-    result is an `__ERROR__` line.
+    The serial is 0 when the client named no lease. `errors` names, by the kind of error, the
+    lines among them whose result is an `__ERROR__` line.
     """
 
     work_ids: list[int]
     serials: list[int]
-    failed: list[int]
+    errors: dict[str, list[int]]
     results: list[msgspec.Raw]
 
 
@@ -153,6 +156,19 @@ class Ended(msgspec.Struct, frozen=True, array_like=True):
     solo: bool = False
 
 
+class Past(msgspec.Struct, frozen=True):
+    """What a finished line went through that did not go well at the first attempt.
+
+    `outcome` is `ok` or the kind of its `__ERROR__`; `worker` had the oldest lease then, "" when
+    nobody had one. `attempts` are those that failed.
+    """
+
+    work_id: int
+    outcome: str
+    worker: str
+    attempts: list[Ended]
+
+
 class LeaseState(msgspec.Struct, frozen=True, array_like=True):
     """A live lease in a checkpoint."""
 
@@ -191,7 +207,8 @@ class ItemState(msgspec.Struct, frozen=True, array_like=True):
 class Counters(msgspec.Struct):
     """Totals since the run began.
 
-    `done` lines have their result, `failed` of them an `__ERROR__` line. `charged` counts the
+    `done` lines have their result, `failed` of them an `__ERROR__` line, `errors` by kind (the
+    first hundred kinds; OTHER_ERRORS for the rest). `charged` counts the
     attempts that cost one of an item's reissues, the others leases that ended so. `steps` were
     recorded; `step_mismatches` counts how often a task asked something else than recorded.
     """
@@ -207,6 +224,24 @@ class Counters(msgspec.Struct):
     steps: int = 0
     step_mismatches: int = 0
     tombstones: dict[str, int] = msgspec.field(default_factory=dict)
+    errors: dict[str, int] = msgspec.field(default_factory=dict)
+
+    def copy(self) -> Counters:
+        """Return the totals as they are now."""
+        return msgspec.structs.replace(
+            self, tombstones=dict(self.tombstones), errors=dict(self.errors)
+        )
+
+    def add_errors(self, kind: str, count: int) -> None:
+        """Count `__ERROR__` lines of one kind; `count` is below 0 when one is replaced."""
+        if kind not in self.errors and len(self.errors) >= _MOST_KINDS:
+            kind = OTHER_ERRORS
+        self.failed += count
+        left = self.errors.get(kind, 0) + count
+        if left > 0:
+            self.errors[kind] = left
+        else:
+            self.errors.pop(kind, None)
 
 
 class QueueState(msgspec.Struct, frozen=True):

@@ -6,11 +6,14 @@ looked at together first, which costs a fraction of looking at each.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import msgspec
 
 _ERROR_MARK = b'{"__ERROR__"'
+_KIND = re.compile(rb'\{"__ERROR__":\s*\{"error":\s*"([^"\\]{1,64})"')
+UNNAMED_ERROR = "unnamed"
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
 _split_json = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _read_pairs = msgspec.json.Decoder(list[tuple[int, int]]).decode
@@ -47,9 +50,12 @@ def _valid_result(text: str | None, max_bytes: int) -> bytes | None:
     return result if len(result) <= max_bytes else None
 
 
-def is_error(result: bytes) -> bool:
-    """Say whether the result is an `__ERROR__` line."""
-    return result.startswith(_ERROR_MARK)
+def error_kind(result: bytes) -> str:
+    """Return the kind of error of an `__ERROR__` line, "" for any other result."""
+    if not result.startswith(_ERROR_MARK):
+        return ""
+    found = _KIND.match(result)
+    return found[1].decode("utf-8", "replace") if found else UNNAMED_ERROR
 
 
 def lease_serials(work_ids: Sequence[int], leases: Sequence[str | None]) -> list[int | None]:

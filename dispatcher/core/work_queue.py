@@ -41,6 +41,7 @@ from dispatcher.core.events import (
     LeaseState,
     Left,
     Opened,
+    Past,
     Position,
     QueueState,
     Stepped,
@@ -104,8 +105,8 @@ class Item(msgspec.Struct, eq=False, gc=False):
     history: list[Ended] = []
 
 
-Arrival = tuple[int, int | None, bytes, bool]
-"""A result as it came: work id, serial of the lease it names, the line, is it an `__ERROR__`."""
+Arrival = tuple[int, int | None, bytes, str]
+"""A result as it came: work id, serial of the lease it names, the line, kind of its error or ""."""
 
 
 class Grant(msgspec.Struct, frozen=True, gc=False):
@@ -176,6 +177,7 @@ class WorkQueue:
         self._durations = Durations()
         self._overdue: tuple[float, list[Lease]] = (float("-inf"), [])
         self._written = 0
+        self._pasts: list[Past] = []
         self._events: list[Event] = []
         self._appliers: dict[type[Event], Callable[[Any, float], None]] = {
             Opened: self._apply_opened,
@@ -221,6 +223,11 @@ class WorkQueue:
         """Return the events since the last call, oldest first; the caller makes them durable."""
         events, self._events = self._events, []
         return events
+
+    def take_pasts(self) -> list[Past]:
+        """Return what the lines finished since the last call went through, for people to read."""
+        pasts, self._pasts = self._pasts, []
+        return pasts
 
     # ---------------------------------------------------------------- handing out
 
@@ -296,10 +303,10 @@ class WorkQueue:
     # ---------------------------------------------------------------- taking back
 
     def finish(
-        self, work_id: int, serial: int | None, result: bytes, *, failed: bool, now: float
+        self, work_id: int, serial: int | None, result: bytes, *, error: str = "", now: float
     ) -> Outcome:
         """Take one result, as `finish_all` does."""
-        return self.finish_all([(work_id, serial, result, failed)], now)[0]
+        return self.finish_all([(work_id, serial, result, error)], now)[0]
 
     def finish_all(self, arrivals: Sequence[Arrival], now: float) -> list[Outcome]:
         """Take results. The first valid one of an item wins, whoever sends it, however late."""
@@ -310,12 +317,15 @@ class WorkQueue:
             taken, outcomes = self._sort_out(arrivals)
         if not taken:
             return outcomes
-        work_ids, serials, results, failed = zip(*taken, strict=True)
+        work_ids, serials, results, kinds = zip(*taken, strict=True)
+        for work_id, kind in zip(work_ids, kinds, strict=True):
+            if (item := self.items.get(work_id)) is not None and item.history:
+                self._note_past(item, kind or "ok")
         self._note_finishes(work_ids, serials, now)
         event = Finished(
             [*work_ids],
             [serial or 0 for serial in serials],
-            [*compress(work_ids, failed)],
+            {kind: [*compress(work_ids, [k == kind for k in kinds])] for kind in set(kinds) - {""}},
             [*map(msgspec.Raw, results)],
         )
         self._record(event, now)
@@ -450,8 +460,14 @@ class WorkQueue:
 
     def tombstone(self, work_id: int, error: str, result: bytes, now: float) -> None:
         """Give an open item its `__ERROR__` line; nothing happens when it got a result first."""
-        if work_id in self.items:
+        if (item := self.items.get(work_id)) is not None:
+            if item.history:
+                self._note_past(item, error)
             self._record(Tombstoned(work_id, error, msgspec.Raw(result)), now)
+
+    def _note_past(self, item: Item, outcome: str) -> None:
+        worker = item.leases[0].worker if item.leases else ""
+        self._pasts.append(Past(item.work_id, outcome, worker, list(item.history)))
 
     def finished_from(self, work_id: int) -> int:
         """Return how many lines from this one on have their result."""
@@ -527,9 +543,7 @@ class WorkQueue:
             next_work_id=self.next_work_id,
             next_offset=self.next_offset,
             next_serial=self.next_serial,
-            counters=msgspec.structs.replace(
-                self.counters, tombstones=dict(self.counters.tombstones)
-            ),
+            counters=self.counters.copy(),
             items=[self._item_state(item) for item in self.items.values()],
             tombstoned=self._replaceable(),
             workers=sorted(w.name for w in self.workers.values() if w.heartbeats),
@@ -559,9 +573,7 @@ class WorkQueue:
         self.first_open = self._flags_base = self._written = state.first_open
         self.next_work_id, self.next_offset = state.next_work_id, state.next_offset
         self.next_serial = state.next_serial
-        self.counters = msgspec.structs.replace(
-            state.counters, tombstones=dict(state.counters.tombstones)
-        )
+        self.counters = state.counters.copy()
         self._flags = bytearray([_DONE]) * (state.next_work_id - state.first_open)
         for work_id in state.tombstoned:
             self._flags[work_id - self._flags_base] = _TOMBSTONE
@@ -661,13 +673,14 @@ class WorkQueue:
             if work_id >= base:
                 flags[work_id - base] = _DONE
         self.counters.done += len(event.work_ids)
-        self.counters.failed += len(event.failed)
+        for kind, failed in event.errors.items():
+            self.counters.add_errors(kind, len(failed))
         self.steps.apply(event)
         self._find_first_open()
 
     def _apply_tombstoned(self, event: Tombstoned, now: float) -> None:
         self.counters.done += 1
-        self.counters.failed += 1
+        self.counters.add_errors(event.error, 1)
         by_error = self.counters.tombstones
         by_error[event.error] = by_error.get(event.error, 0) + 1
         # A line that was refused stays so; only an item out of reissues may still get a late
@@ -818,7 +831,7 @@ class WorkQueue:
     def _undo_tombstone_count(self) -> None:
         # A late result replaces a tombstone that is not written yet.
         self.counters.done -= 1
-        self.counters.failed -= 1
+        self.counters.add_errors(MAX_RETRIES_EXCEEDED, -1)
         by_error = self.counters.tombstones
         if by_error.get(MAX_RETRIES_EXCEEDED):
             by_error[MAX_RETRIES_EXCEEDED] -= 1

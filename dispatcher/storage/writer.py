@@ -14,6 +14,7 @@ from dispatcher.core.events import (
     Event,
     Finished,
     LeaseEnded,
+    Past,
     Position,
     QueueState,
     Stepped,
@@ -23,6 +24,7 @@ from dispatcher.core.events import (
 from dispatcher.core.work_queue import QueuePolicy
 from dispatcher.errors import CorruptJournalError, StateError, StorageFullError
 from dispatcher.storage.files import Files
+from dispatcher.storage.history import HISTORY_FILE, HistoryFile
 from dispatcher.storage.journal import Journal
 from dispatcher.storage.output import OrderedOutput
 from dispatcher.storage.records import (
@@ -59,7 +61,8 @@ class Batch:
     """Records to make durable together: `body` is their lines.
 
     Result `results[i]` of line `work_ids[i]` begins at byte `starts[i]` of the body. `step_events`
-    are those that concern recorded steps, with the byte at which their record ends. `prefix` is
+    are those that concern recorded steps, with the byte at which their record ends. `pasts` go
+    into the history. `prefix` is
     the first line of the run without a result after this batch. `sync_output` asks to note how far
     the output is on disk; `state`, the queue's state after this batch, to begin a new segment.
     """
@@ -69,6 +72,7 @@ class Batch:
     starts: list[int] = field(default_factory=list)
     results: list[bytes] = field(default_factory=list)
     step_events: list[tuple[Event, int]] = field(default_factory=list)
+    pasts: list[Past] = field(default_factory=list)
     prefix: int = 0
     sync_output: bool = False
     state: QueueState | None = None
@@ -122,6 +126,7 @@ class RunWriter:
         self._journal_dir = journal_dir
         self._files = files
         self._journal = Journal(journal_dir, files)
+        self._history = HistoryFile(journal_dir.parent / HISTORY_FILE, files)
         self.output = OrderedOutput(outfile, files)
         self._index = WaitingIndex()
         self._places = SegmentPlaces()
@@ -187,6 +192,9 @@ class RunWriter:
             offsets = self._note_results(batch, start)
             for event, end in batch.step_events:
                 self._steps.note(event, self._journal.current_segment, start + end)
+        if batch.pasts:
+            with contextlib.suppress(OSError):  # nothing depends on it
+                self._history.append(batch.pasts)
         if position is not None:
             self._retention.note_position(position)
         if not self._owner.is_confirmed:
@@ -238,6 +246,7 @@ class RunWriter:
     def close(self) -> None:
         """Close all files."""
         self._journal.close()
+        self._history.close()
         self.output.close()
 
     # ---------------------------------------------------------------- inside: results

@@ -55,7 +55,7 @@ def make_run(settings: RunSettings, lines: int, result: bytes, *, stuck: bool) -
     while queue.next_work_id < lines:
         queue.open_lines(queue.next_offset, [len(_LINE)] * min(_BATCH, lines - queue.next_work_id))
         grants = queue.lease_ready("", _BATCH, 0.0)
-        queue.finish_all([(grant.work_id, None, result, False) for grant in grants], 1.0)
+        queue.finish_all([(grant.work_id, None, result, "") for grant in grants], 1.0)
         write_batch(queue, writer)
     while writer.output.written < queue.first_open:
         write_batch(queue, writer)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from dispatcher.core.results import lease_serials, valid_results
+from dispatcher.core.results import error_kind, lease_serials, valid_results
 
 GOOD = ['{"a": 1}', "[1, 2]", '"a,b"', "0", "null", '{"__ERROR__": {}}', '"\u00e9\U0001f600"']
 BAD = ["", "{", "1,2", "1 2", "[3", "4]", '"a\nb"', "{}\r", "nan", '"\ud800"', "[" * 100_000, None]
@@ -61,3 +61,19 @@ def test_a_missing_lease_has_no_number() -> None:
 def test_leases_are_not_mixed_up_by_what_looks_like_two_of_them() -> None:
     assert lease_serials([7, 8], ["7", "3.8.9"]) == [0, 0]
     assert lease_serials([7, 9], ["7.8,9.1", ""]) == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("result", "kind"),
+    [
+        (b'{"__ERROR__": {"error": "task_exception", "message": "x"}}', "task_exception"),
+        (b'{"__ERROR__":{"error":"no_answer"}}', "no_answer"),
+        (b'{"__ERROR__": {"message": "x"}}', "unnamed"),
+        (b'{"__ERROR__": "text"}', "unnamed"),
+        (b'{"__ERROR__": {"error": "%s"}}' % (b"k" * 65), "unnamed"),
+        (b'{"answer": {"__ERROR__": {"error": "task_exception"}}}', ""),
+        (b"1", ""),
+    ],
+)
+def test_an_error_line_tells_its_kind(result: bytes, kind: str) -> None:
+    assert error_kind(result) == kind

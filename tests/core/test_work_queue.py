@@ -106,7 +106,7 @@ def give_back(
 
 
 def finish(queue: WorkQueue, grant: Grant, now: float = 0.0, result: bytes = DONE) -> Outcome:
-    return queue.finish(grant.work_id, serial(grant), result, failed=False, now=now)
+    return queue.finish(grant.work_id, serial(grant), result, now=now)
 
 
 def bury(queue: WorkQueue, now: float = 0.0) -> list[int]:
@@ -248,7 +248,7 @@ def test_a_task_that_broke_its_contract_gets_its_error_line_without_a_reissue() 
     queue = queue_of(1)
     grant = start_one(queue, "a", now=0.0)
 
-    outcome = queue.finish(0, serial(grant), b'{"__ERROR__": {}}', failed=True, now=1.0)
+    outcome = queue.finish(0, serial(grant), b'{"__ERROR__": {}}', error="x", now=1.0)
 
     assert outcome is Outcome.ACCEPTED
     assert queue.is_complete
@@ -459,7 +459,7 @@ def test_the_second_result_of_an_item_is_a_duplicate_and_makes_no_event() -> Non
     queue.take_events()
 
     assert finish(queue, grant, result=OTHER) is Outcome.DUPLICATE
-    assert queue.finish(0, None, OTHER, failed=False, now=1.0) is Outcome.DUPLICATE
+    assert queue.finish(0, None, OTHER, now=1.0) is Outcome.DUPLICATE
 
     assert queue.take_events() == []
     assert queue.counters.done == 1
@@ -468,7 +468,7 @@ def test_the_second_result_of_an_item_is_a_duplicate_and_makes_no_event() -> Non
 def test_a_result_without_a_lease_is_taken_for_its_item() -> None:
     queue = queue_of(1)
     lease_one(queue, "", now=0.0)
-    assert queue.finish(0, None, DONE, failed=False, now=1.0) is Outcome.ACCEPTED
+    assert queue.finish(0, None, DONE, now=1.0) is Outcome.ACCEPTED
     assert queue.leases == {}
 
 
@@ -476,7 +476,7 @@ def test_a_result_without_a_lease_is_taken_for_its_item() -> None:
 def test_a_result_for_a_line_that_was_never_read_is_unknown(work_id: int) -> None:
     queue = queue_of(1)
     queue.take_events()
-    assert queue.finish(work_id, None, DONE, failed=False, now=0.0) is Outcome.UNKNOWN
+    assert queue.finish(work_id, None, DONE, now=0.0) is Outcome.UNKNOWN
     assert queue.take_events() == []
 
 
@@ -502,7 +502,7 @@ def test_a_result_beats_a_tombstone_that_is_not_written_yet() -> None:
 
 def test_a_result_does_not_beat_a_written_tombstone() -> None:
     queue, grant = condemned_behind_an_open_line()
-    queue.finish(0, None, DONE, failed=False, now=1.0)
+    queue.finish(0, None, DONE, now=1.0)
     queue.note_written(queue.first_open)
     queue.take_events()
 
@@ -542,7 +542,7 @@ def test_a_refused_line_keeps_its_error_whoever_sends_a_result_for_it() -> None:
     open_lines(queue, 2)
     queue.tombstone(1, "blank_line", b'{"__ERROR__": {}}', now=0.0)
 
-    outcome = queue.finish(1, None, DONE, failed=False, now=1.0)
+    outcome = queue.finish(1, None, DONE, now=1.0)
 
     assert outcome is not Outcome.ACCEPTED
     assert queue.counters.tombstones == {"blank_line": 1}
@@ -1204,14 +1204,14 @@ def test_the_window_limits_how_far_lines_are_read_past_the_first_open_one() -> N
         opened += 1
     assert opened == 3
 
-    queue.finish(1, None, DONE, failed=False, now=0.0)
+    queue.finish(1, None, DONE, now=0.0)
     assert not queue.may_open()
-    queue.finish(0, None, DONE, failed=False, now=0.0)
+    queue.finish(0, None, DONE, now=0.0)
     assert queue.first_open == 2
     assert queue.may_open()
     open_lines(queue, 2)
     assert not queue.may_open()
-    queue.finish(2, None, DONE, failed=False, now=0.0)
+    queue.finish(2, None, DONE, now=0.0)
     queue.end_of_input()
     assert not queue.may_open()
 
@@ -1220,7 +1220,7 @@ def test_the_prefix_grows_only_over_lines_that_have_their_result() -> None:
     queue = queue_of(4)
     steps = []
     for work_id in (2, 1, 0, 3):
-        queue.finish(work_id, None, DONE, failed=False, now=0.0)
+        queue.finish(work_id, None, DONE, now=0.0)
         steps.append((queue.first_open, queue.waiting_count))
     assert steps == [(0, 1), (0, 2), (3, 0), (4, 0)]
     assert queue.is_complete
@@ -1237,13 +1237,13 @@ def test_a_long_run_forgets_what_is_written_and_still_tells_duplicates() -> None
     queue = WorkQueue(QueuePolicy())
     lines = 70_000
     for work_id in open_lines(queue, lines):
-        queue.finish(work_id, None, DONE, failed=False, now=0.0)
+        queue.finish(work_id, None, DONE, now=0.0)
     queue.note_written(lines)
     (fresh,) = open_lines(queue, 1)
 
-    assert queue.finish(0, None, OTHER, failed=False, now=0.0) is Outcome.DUPLICATE
-    assert queue.finish(lines - 1, None, OTHER, failed=False, now=0.0) is Outcome.DUPLICATE
-    assert queue.finish(fresh, None, DONE, failed=False, now=0.0) is Outcome.ACCEPTED
+    assert queue.finish(0, None, OTHER, now=0.0) is Outcome.DUPLICATE
+    assert queue.finish(lines - 1, None, OTHER, now=0.0) is Outcome.DUPLICATE
+    assert queue.finish(fresh, None, DONE, now=0.0) is Outcome.ACCEPTED
     assert queue.first_open == lines + 1
 
 
@@ -1409,7 +1409,7 @@ class Life:
 
     def do_finish_many(self, x: int, y: int, z: int) -> None:
         picked = [found[1] for n in range(1 + y % 4) if (found := self.pick(x + n))]
-        arrivals = [(g.work_id, serial(g), DONE, bool(z % 2)) for g in picked]
+        arrivals = [(g.work_id, serial(g), DONE, "x" * (z % 2)) for g in picked]
         before = {g.work_id for g in picked} & set(self.queue.items)
         outcomes = self.queue.finish_all(arrivals, self.now)
         accepted = [
@@ -1421,7 +1421,7 @@ class Life:
     def do_by_id(self, x: int, y: int, z: int) -> None:
         work_id = x - 1
         if work_id not in self.refused:
-            self.queue.finish(work_id, None, DONE, failed=bool(y % 2), now=self.now)
+            self.queue.finish(work_id, None, DONE, error="x" * (y % 2), now=self.now)
 
     def do_fail(self, x: int, y: int, z: int) -> None:
         if picked := self.pick(x):
@@ -1525,7 +1525,7 @@ def test_no_item_is_done_twice_and_none_is_lost(
     queue = life.queue
     queue.end_of_input()
     for lease in list(queue.leases.values()):
-        queue.finish(lease.work_id, lease.serial, DONE, failed=False, now=life.now)
+        queue.finish(lease.work_id, lease.serial, DONE, now=life.now)
     for _ in itertools.takewhile(lambda _: queue.items, range(1000)):
         bury(queue, life.now)
         for grant in queue.lease_ready("last", 10, life.now):
@@ -1551,7 +1551,7 @@ def test_the_ready_count_is_exact_whatever_became_of_an_item() -> None:
 
     queue.lease_ready("", 2, now=0.0)
     for answered_while_ready in (5, 3):
-        queue.finish(answered_while_ready, None, b"{}", failed=False, now=0.0)
+        queue.finish(answered_while_ready, None, b"{}", now=0.0)
     assert queue.ready_count == 2
 
     queue.release(0, None, charge=True, reason="x", keep_yields=None, now=0.0)
@@ -1608,11 +1608,11 @@ def test_results_taken_together_are_one_event_and_each_is_answered_for_itself() 
 
     outcomes = queue.finish_all(
         [
-            (second.work_id, serial(second), DONE, False),
-            (first.work_id, serial(first), OTHER, False),
-            (third.work_id, None, b'{"__ERROR__": {}}', True),
-            (second.work_id, serial(second), OTHER, True),
-            (99, None, DONE, False),
+            (second.work_id, serial(second), DONE, ""),
+            (first.work_id, serial(first), OTHER, ""),
+            (third.work_id, None, b'{"__ERROR__": {}}', "x"),
+            (second.work_id, serial(second), OTHER, "x"),
+            (99, None, DONE, ""),
         ],
         now=1.0,
     )
@@ -1626,7 +1626,11 @@ def test_results_taken_together_are_one_event_and_each_is_answered_for_itself() 
     ]
     (event,) = queue.take_events()
     assert isinstance(event, Finished)
-    assert (event.work_ids, event.serials, event.failed) == ([1, 2], [serial(second), 0], [2])
+    assert (event.work_ids, event.serials, event.errors) == (
+        [1, 2],
+        [serial(second), 0],
+        {"x": [2]},
+    )
     assert [bytes(result) for result in event.results] == [DONE, b'{"__ERROR__": {}}']
     assert (queue.counters.done, queue.counters.failed) == (3, 1)
     assert queue.leases == {}
@@ -1637,7 +1641,7 @@ def test_results_that_change_nothing_make_no_event() -> None:
     queue = queue_of(1)
     finish(queue, grant := lease_one(queue, "", now=0.0))
     queue.take_events()
-    assert queue.finish_all([(0, serial(grant), OTHER, False)], now=1.0) == [Outcome.DUPLICATE]
+    assert queue.finish_all([(0, serial(grant), OTHER, "")], now=1.0) == [Outcome.DUPLICATE]
     assert queue.finish_all([], now=1.0) == []
     assert queue.take_events() == []
 
@@ -1703,6 +1707,6 @@ def test_the_window_tells_how_many_more_lines_may_be_read() -> None:
     assert queue.window_room() == 5
     open_lines(queue, 3)
     assert queue.window_room() == 2
-    queue.finish(0, None, DONE, failed=False, now=0.0)
+    queue.finish(0, None, DONE, now=0.0)
     assert queue.window_room() == 3
     assert WorkQueue(QueuePolicy()).window_room() > 1 << 40

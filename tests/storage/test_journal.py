@@ -67,7 +67,7 @@ EVENTS: list[Record] = [
     Issued("a", True, False, 9, [5, 6]),
     Watched(5, 9),
     OutputPosition(3, 120, 1),
-    Finished([5, 9], [9, 0], [9], [msgspec.Raw(RESULT), msgspec.Raw(b"[ ]")]),
+    Finished([5, 9], [9, 0], {"x": [9]}, [msgspec.Raw(RESULT), msgspec.Raw(b"[ ]")]),
     Tombstoned(6, "blank_line", msgspec.Raw(b'{"__ERROR__": {}}')),
     LeaseEnded(7, 10, "charged", "line one\nline two", 0),
     Absolved(7, "wörker"),
@@ -109,7 +109,7 @@ def results_of(records: list[Record]) -> list[int]:
 
 
 def finished(work_id: int) -> Finished:
-    return Finished([work_id], [work_id + 1], [], [msgspec.Raw(b'{"line": %d}' % work_id)])
+    return Finished([work_id], [work_id + 1], {}, [msgspec.Raw(b'{"line": %d}' % work_id)])
 
 
 def three_frames(directory: Path) -> tuple[Path, list[int]]:
@@ -161,7 +161,7 @@ def test_the_location_of_a_result_gives_its_exact_bytes(tmp_path: Path) -> None:
     journal = start(tmp_path)
     append(journal, *EVENTS)
     journal.begin_segment(1, FIRST_FRAME)
-    append(journal, Finished([8], [1], [8], [msgspec.Raw(b"[]")]), finished(9))
+    append(journal, Finished([8], [1], {"x": [8]}, [msgspec.Raw(b"[]")]), finished(9))
     journal.close()
 
     journal = Journal(tmp_path, Files())
@@ -186,7 +186,7 @@ def test_append_tells_where_the_records_begin(tmp_path: Path) -> None:
 def test_a_results_own_bytes_are_kept_however_the_worker_spaced_them(tmp_path: Path) -> None:
     spaced = [b'{ "a" :1.50,\t"b": [ ] , "u": "\\u00e4" }', b"1", b'"]],["']
     journal = start(tmp_path)
-    append(journal, Finished([1, 3, 2], [1, 2, 3], [], [msgspec.Raw(text) for text in spaced]))
+    append(journal, Finished([1, 3, 2], [1, 2, 3], {}, [msgspec.Raw(text) for text in spaced]))
     journal.close()
     journal = Journal(tmp_path, Files())
     assert [journal.read(location) for location in locations_in(journal)] == spaced

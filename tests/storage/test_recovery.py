@@ -40,7 +40,7 @@ class Run:
         self.queue.open_lines(self.queue.next_offset, [10] * count)
 
     def finish(self, *work_ids: int) -> None:
-        self.queue.finish_all([(i, None, line(i), False) for i in work_ids], now=0.0)
+        self.queue.finish_all([(i, None, line(i), "") for i in work_ids], now=0.0)
 
     def write(self, *, sync_output: bool = False) -> None:
         """Write what queued; a full segment is followed by another one."""
