@@ -19,7 +19,6 @@ Nothing here does I/O or reads a clock: `now` is any number of seconds that neve
 from __future__ import annotations
 
 import heapq
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import compress
@@ -50,12 +49,12 @@ from dispatcher.core.events import (
     Tombstoned,
     Watched,
 )
+from dispatcher.core.items import Item, ReadyItems
+from dispatcher.core.line_states import LineStates
 from dispatcher.core.steps import StepBook, StepNote
 from dispatcher.core.workers import PROGRESS_UNKNOWN, Durations, Lease, Worker
 from dispatcher.models import Outcome, StepOutcome
 
-_OPEN, _DONE, _TOMBSTONE = 0, 1, 2
-_TRIM_BYTES = 1 << 16
 _FORGET_AFTER_TERMS = 20
 _UNLIMITED = 1 << 62
 
@@ -85,24 +84,6 @@ class QueuePolicy:
     step_bytes: int = 1 << 20
     item_step_bytes: int = 16 << 20
     run_step_bytes: int = 64 << 30
-
-
-class Item(msgspec.Struct, eq=False, gc=False):
-    """An open line: read from the input, where it stands at `offset`, and without a result."""
-
-    work_id: int
-    offset: int
-    line_bytes: int
-    retries: int = 0
-    crashes: int = 0
-    releases: int = 0
-    attempt: int = 1
-    owes_charge: bool = False
-    condemned: bool = False
-    queued: bool = False
-    fresh_starts: int = 0
-    leases: list[Lease] = []
-    history: list[Ended] = []
 
 
 Arrival = tuple[int, int | None, bytes, str]
@@ -150,15 +131,12 @@ class WorkQueue:
     def __init__(self, policy: QueuePolicy) -> None:
         self.policy = policy
         # Durable, changed by apply() alone.
-        self.first_open = 0
-        self.next_work_id = 0
         self.next_offset = 0
         self.next_serial = 1
         self.counters = Counters()
         self.items: dict[int, Item] = {}
         self.steps = StepBook()
-        self._flags = bytearray()
-        self._flags_base = 0
+        self._lines = LineStates()
         # Volatile.
         self.input_ended = False
         self.workers: dict[str, Worker] = {}
@@ -166,17 +144,11 @@ class WorkQueue:
         self.condemned: list[int] = []
         # Worker -> items its vanishing counted a crash for, to be taken back should it return.
         self._blamed: dict[str, list[int]] = {}
-        # Work ids of ready items: lines not handed out yet, and heaps of those to hand out again.
-        # An entry counts as long as its item is `queued`; there are `_queued` of them.
-        self._fresh: deque[int] = deque()
-        self._ready: list[int] = []
-        self._ready_solo: list[int] = []
-        self._queued = 0
+        self._ready = ReadyItems(self.items, policy.crashes_before_solo)
         # Heap of (deadline, serial of the first lease, how many leases were given with it).
         self._deadlines: list[tuple[float, int, int]] = []
         self._durations = Durations()
         self._overdue: tuple[float, list[Lease]] = (float("-inf"), [])
-        self._written = 0
         self._pasts: list[Past] = []
         self._events: list[Event] = []
         self._appliers: dict[type[Event], Callable[[Any, float], None]] = {
@@ -196,6 +168,16 @@ class WorkQueue:
     # ---------------------------------------------------------------- what the caller asks
 
     @property
+    def first_open(self) -> int:
+        """The first line without a result; all before it have theirs."""
+        return self._lines.first_open
+
+    @property
+    def next_work_id(self) -> int:
+        """How many lines were read."""
+        return self._lines.end
+
+    @property
     def is_complete(self) -> bool:
         """True when every line of the input has its result."""
         return self.input_ended and self.first_open == self.next_work_id
@@ -203,7 +185,7 @@ class WorkQueue:
     @property
     def ready_count(self) -> int:
         """How many items could be handed out now without reading a new line."""
-        return self._queued
+        return self._ready.count
 
     @property
     def waiting_count(self) -> int:
@@ -255,21 +237,18 @@ class WorkQueue:
         died goes out alone, so that the worker can run nothing else beside it (`solo` False: not
         now).
         """
-        if solo and (item := self._pop_solo()):
+        if solo and (item := self._ready.take_solo()):
             return self._lease([item], worker, now)
         chosen: list[Item] = []
-        again, fresh, too_many = self._ready, self._fresh, self.policy.crashes_before_solo
         recorded = len(self.steps) > 0
-        while (again or fresh) and len(chosen) < count and max_bytes > 0:
-            item = self.items.get(heapq.heappop(again) if again else fresh.popleft())
-            # One that must run alone waits elsewhere; this entry is from before its crashes.
-            if item is not None and item.queued and item.crashes < too_many:
-                item.queued = False
-                self._queued -= 1
+        if count > 0 and max_bytes > 0:
+            for item in self._ready.take():
                 chosen.append(item)
                 max_bytes -= item.line_bytes
                 if recorded:
                     max_bytes -= self.steps.size_of(item.work_id)
+                if len(chosen) == count or max_bytes <= 0:
+                    break
         return self._lease(chosen, worker, now)
 
     def lease_backup(self, worker: str, count: int, now: float) -> list[Grant]:
@@ -325,7 +304,7 @@ class WorkQueue:
         event = Finished(
             [*work_ids],
             [serial or 0 for serial in serials],
-            {kind: [*compress(work_ids, [k == kind for k in kinds])] for kind in set(kinds) - {""}},
+            _by_kind(work_ids, kinds),
             [*map(msgspec.Raw, results)],
         )
         self._record(event, now)
@@ -337,7 +316,9 @@ class WorkQueue:
         outcomes: list[Outcome] = []
         for arrival in arrivals:
             work_id = arrival[0]
-            if work_id not in taken and (work_id in self.items or self._is_replaceable(work_id)):
+            if work_id not in taken and (
+                work_id in self.items or self._lines.is_replaceable(work_id)
+            ):
                 taken[work_id] = arrival
                 outcomes.append(Outcome.ACCEPTED)
             else:
@@ -476,11 +457,7 @@ class WorkQueue:
 
     def note_written(self, first_unwritten: int) -> None:
         """Lines before this one stand in the output, where a tombstone is final."""
-        self._written = first_unwritten
-        unneeded = min(first_unwritten, self.first_open) - self._flags_base
-        if unneeded > _TRIM_BYTES:
-            del self._flags[:unneeded]
-            self._flags_base += unneeded
+        self._lines.note_written(first_unwritten)
 
     # ---------------------------------------------------------------- workers and time
 
@@ -545,7 +522,7 @@ class WorkQueue:
             next_serial=self.next_serial,
             counters=self.counters.copy(),
             items=[self._item_state(item) for item in self.items.values()],
-            tombstoned=self._replaceable(),
+            tombstoned=self._lines.tombstones(),
             workers=sorted(w.name for w in self.workers.values() if w.heartbeats),
         )
 
@@ -570,13 +547,9 @@ class WorkQueue:
 
     def restore(self, state: QueueState, now: float) -> None:
         """Take over a checkpoint; every lease in it gets a fresh term."""
-        self.first_open = self._flags_base = self._written = state.first_open
-        self.next_work_id, self.next_offset = state.next_work_id, state.next_offset
-        self.next_serial = state.next_serial
+        self._lines = LineStates(state.first_open, state.next_work_id, state.tombstoned)
+        self.next_offset, self.next_serial = state.next_offset, state.next_serial
         self.counters = state.counters.copy()
-        self._flags = bytearray([_DONE]) * (state.next_work_id - state.first_open)
-        for work_id in state.tombstoned:
-            self._flags[work_id - self._flags_base] = _TOMBSTONE
         for name in state.workers:
             self._know(name, now).heartbeats = True
         for saved in state.items:
@@ -595,13 +568,13 @@ class WorkQueue:
             for step in saved.steps:
                 self.steps.add(saved.work_id, step.position, StepNote(step.hash, step.size))
             self.items[saved.work_id] = item
-            self._flags[saved.work_id - self._flags_base] = _OPEN
+            self._lines.reopen(saved.work_id)
             for lease in saved.leases:
                 self._add_lease(item, lease.serial, lease.worker, lease.heartbeats, lease.solo, now)
             if saved.condemned:
                 self._condemn(item)
             elif not item.leases:
-                self._make_ready(item)
+                self._ready.put_back(item)
 
     def begin_again(self, now: float) -> None:
         """After a replay: nobody has spoken yet, so every lease and worker gets a fresh term."""
@@ -653,30 +626,26 @@ class WorkQueue:
             items[work_id] = Item(work_id, offset, size, queued=True)
             work_id += 1
             offset += size
-        self._fresh.extend(range(event.work_id, work_id))
-        self._queued += len(event.sizes)
-        self._flags += bytes(len(event.sizes))  # each of them _OPEN
-        self.next_work_id, self.next_offset = work_id, offset
+        self._ready.add_fresh(range(event.work_id, work_id))
+        self._lines.open(len(event.sizes))
+        self.next_offset = offset
 
     def _apply_finished(self, event: Finished, now: float) -> None:
-        items, leases, flags, base = self.items, self.leases, self._flags, self._flags_base
+        items, leases = self.items, self.leases
         for work_id in event.work_ids:
             item = items.pop(work_id, None)
             if item is None:
-                # In a replay the tombstone may be from before the checkpoint.
-                if work_id < base or flags[work_id - base] == _TOMBSTONE:
+                if self._lines.had_tombstone(work_id):
                     self._undo_tombstone_count()
             elif item.queued or len(item.leases) != 1 or item.leases[0].worker:
                 self._let_go(item)
             else:
                 del leases[item.leases[0].serial]
-            if work_id >= base:
-                flags[work_id - base] = _DONE
+        self._lines.finish(event.work_ids)
         self.counters.done += len(event.work_ids)
         for kind, failed in event.errors.items():
             self.counters.add_errors(kind, len(failed))
         self.steps.apply(event)
-        self._find_first_open()
 
     def _apply_tombstoned(self, event: Tombstoned, now: float) -> None:
         self.counters.done += 1
@@ -689,8 +658,10 @@ class WorkQueue:
         if item := self.items.pop(event.work_id, None):
             self._let_go(item)
         self.steps.apply(event)
-        self._flags[event.work_id - self._flags_base] = _TOMBSTONE if replaceable else _DONE
-        self._find_first_open()
+        if replaceable:
+            self._lines.bury(event.work_id)
+        else:
+            self._lines.finish([event.work_id])
 
     def _apply_watched(self, event: Watched, now: float) -> None:
         if lease := self.leases.get(event.serial):
@@ -701,7 +672,7 @@ class WorkQueue:
         for work_id in event.work_ids:
             if (item := items.get(work_id)) is not None:
                 if item.queued:
-                    self._unqueue(item)
+                    self._ready.remove(item)
                 elif item.condemned:  # in a replay only: the limit was lowered since
                     item.condemned = False
                     item.retries += 1
@@ -749,7 +720,7 @@ class WorkQueue:
                 self._condemn(item)
                 return
             item.retries += 1
-        self._make_ready(item)
+        self._ready.put_back(item)
 
     def _apply_stepped(self, event: Stepped, now: float) -> None:
         note = StepNote(event.hash, len(bytes(event.response)))
@@ -777,7 +748,7 @@ class WorkQueue:
         self.counters.charged -= 1
         if item.condemned:
             item.condemned = False
-            self._make_ready(item)
+            self._ready.put_back(item)
         else:
             item.retries = max(0, item.retries - 1)
 
@@ -788,7 +759,7 @@ class WorkQueue:
                 self.condemned.append(item.work_id)
         else:  # the limit was raised since
             item.retries += 1
-            self._make_ready(item)
+            self._ready.put_back(item)
 
     def _apply_joined(self, event: Joined, now: float) -> None:
         self._know(event.worker, now).heartbeats = True
@@ -800,33 +771,11 @@ class WorkQueue:
     def _let_go(self, item: Item) -> None:
         """The item has its line of output; whoever still works on it works in vain."""
         if item.queued:
-            self._unqueue(item)
+            self._ready.remove(item)
         for lease in item.leases:
             del self.leases[lease.serial]
             if lease.worker and (worker := self.workers.get(lease.worker)):
                 worker.leases.pop(lease.serial, None)
-
-    def _find_first_open(self) -> None:
-        place = self.first_open - self._flags_base
-        if place < len(self._flags) and self._flags[place] != _OPEN:
-            end = self._flags.find(_OPEN, place)
-            self.first_open = self.next_work_id if end < 0 else self._flags_base + end
-
-    def _is_replaceable(self, work_id: int) -> bool:
-        """Say whether the line's result is a tombstone that is not in the output yet."""
-        return (
-            max(self._written, self._flags_base) <= work_id < self.next_work_id
-            and self._flag(work_id) == _TOMBSTONE
-        )
-
-    def _replaceable(self) -> list[int]:
-        """Return the items behind an open line whose result is a tombstone."""
-        found: list[int] = []
-        place = max(0, self.first_open - self._flags_base)
-        while (place := self._flags.find(_TOMBSTONE, place)) >= 0:
-            found.append(self._flags_base + place)
-            place += 1
-        return found
 
     def _undo_tombstone_count(self) -> None:
         # A late result replaces a tombstone that is not written yet.
@@ -836,43 +785,12 @@ class WorkQueue:
         if by_error.get(MAX_RETRIES_EXCEEDED):
             by_error[MAX_RETRIES_EXCEEDED] -= 1
 
-    def _flag(self, work_id: int) -> int:
-        place = work_id - self._flags_base
-        return _DONE if place < 0 else self._flags[place]
-
     def _drop_lease(self, lease: Lease) -> None:
         self.leases.pop(lease.serial, None)
         if lease.worker and (worker := self.workers.get(lease.worker)):
             worker.leases.pop(lease.serial, None)
 
     # ---------------------------------------------------------------- inside: handing out
-
-    def _unqueue(self, item: Item) -> None:
-        """The item is not ready any more, though it was not taken from where it waited."""
-        item.queued = False
-        self._queued -= 1
-        # In a replay it is the first, a line that is refused is the last; another one's entry lies
-        # about until its turn comes.
-        work_id, fresh = item.work_id, self._fresh
-        if fresh and fresh[0] == work_id:
-            fresh.popleft()
-        elif fresh and fresh[-1] == work_id:
-            fresh.pop()
-
-    def _make_ready(self, item: Item) -> None:
-        self._queued += not item.queued
-        item.queued = True
-        solo = item.crashes >= self.policy.crashes_before_solo
-        heapq.heappush(self._ready_solo if solo else self._ready, item.work_id)
-
-    def _pop_solo(self) -> Item | None:
-        while self._ready_solo:
-            item = self.items.get(heapq.heappop(self._ready_solo))
-            if item is not None and item.queued:
-                item.queued = False
-                self._queued -= 1
-                return item
-        return None
 
     def _lease(self, items: list[Item], worker: str, now: float) -> list[Grant]:
         if not items:
@@ -1061,6 +979,13 @@ WORK_TIMEOUT = "work_timeout"
 
 MAX_RETRIES_EXCEEDED = "max_retries_exceeded"
 """The error of the tombstone an item gets when it runs out of reissues."""
+
+
+def _by_kind(work_ids: Sequence[int], kinds: Sequence[str]) -> dict[str, list[int]]:
+    return {
+        kind: [*compress(work_ids, [other == kind for other in kinds])]
+        for kind in set(kinds) - {""}
+    }
 
 
 def _is_blame(ended: Ended, worker: str) -> bool:

@@ -217,9 +217,9 @@ MUTANTS = [
     ),
     Mutant(
         "a second result replaces the first",
-        QUEUE,
-        "            and self._flag(work_id) == _TOMBSTONE\n",
-        "            and self._flag(work_id) != _OPEN\n",
+        "core/line_states.py",
+        "            and self._states[line - self._base] == _TOMBSTONE\n",
+        "            and self._states[line - self._base] != _OPEN\n",
         SEEDS,
         "two different results|the counters say",
     ),
