@@ -38,7 +38,19 @@ class RunCollector(Collector):
             "Tokens generated since this server started, as reported by workers.",
             status["completion_tokens"],
         )
+        yield CounterMetricFamily(
+            "dispatcher_steps_recorded", "Answered requests that were recorded.", status["steps"]
+        )
+        yield CounterMetricFamily(
+            "dispatcher_step_mismatches",
+            "Times a task asked something else than was recorded.",
+            status["step_mismatches"],
+        )
         gauges = {
+            "dispatcher_steps_bytes": (
+                "Bytes of the recorded steps of unfinished items.",
+                status["step_bytes"],
+            ),
             "dispatcher_items_leased": ("Leases that are live.", len(queue.leases)),
             "dispatcher_items_ready": ("Items waiting to be handed out again.", queue.ready_count),
             "dispatcher_results_waiting": (
