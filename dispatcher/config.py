@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,10 +19,17 @@ import yaml
 from dispatcher.core.work_queue import QueuePolicy
 from dispatcher.errors import UsageError
 
+NOT_IN_A_FILE = ("--help", "--config", "--resume", "--accept-changes")
+"""Options that only a command line can hold: each is about that one start."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """One run: its files, its limits. Times are in seconds, sizes in bytes."""
+    """One run: its files, its limits. Times are in seconds, sizes in bytes.
+
+    `command` is how the run was started, as run.yaml keeps it (run_command.py); None where nobody
+    says. With `accept_changes` a run goes on although its task is another one now.
+    """
 
     infile: Path
     outfile: Path
@@ -33,11 +40,19 @@ class RunSettings:
     max_result_bytes: int = 16 << 20
     checkpoint_every_s: float = 5.0
     checkpoint_every_bytes: int = 64 << 20
+    command: Mapping[str, Any] | None = None
+    accept_changes: bool = False
 
 
 def default_state_dir(outfile: Path) -> Path:
     """Return the state directory of a run unless `--state` names another."""
     return outfile.with_name(outfile.name + ".dispatch")
+
+
+def absolute_spec(spec: str) -> str:
+    """Return a `--task` that names the same class from another directory, if it names a file."""
+    path, colon, class_name = spec.rpartition(":")
+    return f"{Path(path).absolute()}:{class_name}" if colon and path.endswith(".py") else spec
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -62,20 +77,34 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def parse(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the flags over the YAML file that `--config` names, if any."""
+def parse(
+    parser: Parser,
+    argv: Sequence[str] | None,
+    recorded: Callable[[Path], tuple[Mapping[str, Any], Path]] | None = None,
+) -> argparse.Namespace:
+    """Parse the flags over the YAML file that `--config` names, if any.
+
+    `recorded` returns the options of the run that `--resume` names, and the file they stand in;
+    the file of `--config`, and flags, win over them.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name need not be printable
             stream.reconfigure(errors="backslashreplace")
-    probe = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    probe = Parser(prog=parser.prog, add_help=False)
     probe.add_argument("--config", type=Path)
+    if recorded is not None:
+        probe.add_argument("--resume", type=Path)
     known, _ = probe.parse_known_args(argv)
+    if recorded is not None and known.resume is not None:
+        options, path = recorded(known.resume)
+        given = {key: value for key, value in options.items() if value is not None}
+        _set_defaults(parser, given, str(path))
     if known.config is not None:
-        _apply_config_file(parser, known.config)
+        _set_defaults(parser, _read_config_file(known.config), f"--config {known.config}")
     return parser.parse_args(argv)
 
 
-def _apply_config_file(parser: Parser, path: Path) -> None:
+def _read_config_file(path: Path) -> dict[Any, Any]:
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except OSError as error:
@@ -83,29 +112,37 @@ def _apply_config_file(parser: Parser, path: Path) -> None:
     except (yaml.YAMLError, ValueError) as error:
         raise UsageError(f"--config {path} is not YAML: {error}") from error
     if content is None:
-        return
+        return {}
     if not isinstance(content, dict):
         raise UsageError(f"--config {path} must hold `option: value` lines")
+    return content
+
+
+def _set_defaults(parser: Parser, options: Mapping[Any, Any], source: str) -> None:
+    """Let options that stand in a file be the parser's defaults."""
     actions = {
         option.removeprefix("--").replace("-", "_"): action
         for action in parser._actions
         for option in action.option_strings
-        if option.startswith("--") and option not in ("--help", "--config")
+        if option.startswith("--") and option not in NOT_IN_A_FILE
     }
-    for key, value in content.items():
+    for key, value in options.items():
         action = actions.get(str(key).replace("-", "_"))
         if action is None:
-            raise UsageError(f"--config {path}: unknown option {key!r}; see --help for the names")
-        _set_default(parser, action, key, value, path)
+            raise UsageError(f"{source}: unknown option {key!r}; see --help for the names")
+        _set_default(parser, action, key, value, source)
 
 
-def _set_default(parser: Parser, action: argparse.Action, key: str, value: Any, path: Path) -> None:
+def _set_default(
+    parser: Parser, action: argparse.Action, key: str, value: Any, source: str
+) -> None:
     is_switch = action.nargs == 0
-    if value is False and action.choices is not None and "off" in action.choices:
-        value = "off"  # YAML takes the word for false
+    word = {True: "on", False: "off"}.get(value) if isinstance(value, bool) else None
+    if word is not None and action.choices is not None and word in action.choices:
+        value = word  # YAML takes the words for truth values
     if is_switch != isinstance(value, bool):
         kind = "true or false" if is_switch else "a value"
-        raise UsageError(f"--config {path}: {key} needs {kind}, not {value!r}")
+        raise UsageError(f"{source}: {key} needs {kind}, not {value!r}")
     if not is_switch:
         if isinstance(action, argparse._AppendAction) and not isinstance(value, list):
             value = [value]
@@ -114,10 +151,10 @@ def _set_default(parser: Parser, action: argparse.Action, key: str, value: Any, 
         elif isinstance(value, str | int | float):
             value = str(value)  # argparse converts a default that is a string
         else:
-            raise UsageError(f"--config {path}: {key} needs a value, not {value!r}")
+            raise UsageError(f"{source}: {key} needs a value, not {value!r}")
         if action.choices is not None and value not in action.choices:
             choices = ", ".join(map(str, action.choices))
-            raise UsageError(f"--config {path}: {key} is {value!r}, but must be one of {choices}")
+            raise UsageError(f"{source}: {key} is {value!r}, but must be one of {choices}")
     action.required = False
     parser.set_defaults(**{action.dest: value})
 
@@ -205,6 +242,21 @@ def add_run_limits(parser: Parser) -> None:
         default="auto",
         help="near the end, hand out items that run far longer than others a second time",
     )
+    group.add_argument(
+        "--record-steps",
+        choices=("on", "off"),
+        default="on",
+        help="keep each model answer of an unfinished line, so that a line that is begun again "
+        "asks the model only for what it has not had",
+    )
+    group.add_argument(
+        "--step-gib",
+        type=number(float, 0, 1 << 20),
+        default=64.0,
+        metavar="GIB",
+        help="GiB that the recorded steps of unfinished lines may take on disk; beyond it no more "
+        "are recorded until lines are finished",
+    )
 
 
 def policy_of(args: argparse.Namespace) -> QueuePolicy:
@@ -215,10 +267,16 @@ def policy_of(args: argparse.Namespace) -> QueuePolicy:
         lease_term_s=args.lease_term,
         window=args.window,
         backups=args.backup_tasks == "auto",
+        run_step_bytes=int(args.step_gib * (1 << 30)) if args.record_steps == "on" else 0,
     )
 
 
-def run_settings_of(args: argparse.Namespace, infile: Path, outfile: Path) -> RunSettings:
+def run_settings_of(
+    args: argparse.Namespace,
+    infile: Path,
+    outfile: Path,
+    command: Mapping[str, Any] | None = None,
+) -> RunSettings:
     """Build a run's settings from parsed options; paths become absolute."""
     outfile = outfile.absolute()
     state: Path | None = getattr(args, "state", None)
@@ -229,4 +287,6 @@ def run_settings_of(args: argparse.Namespace, infile: Path, outfile: Path) -> Ru
         policy=policy_of(args),
         retry_s=getattr(args, "retry", 300.0),
         max_line_bytes=args.max_line_bytes,
+        command=command,
+        accept_changes=getattr(args, "accept_changes", False),
     )

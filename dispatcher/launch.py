@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,16 +27,29 @@ from dispatcher.config import (
     argv_of,
     default_state_dir,
     number,
-    parse,
+    run_settings_of,
 )
 from dispatcher.errors import BackendError, DispatcherError, ExitCode, UsageError
 from dispatcher.progress import Display, clock, make_display
+from dispatcher.run_command import (
+    LOCAL_RUN,
+    Start,
+    add_resume_options,
+    handing_over,
+    note_start,
+    read_start,
+    resume_hint,
+)
 from dispatcher.server_file import TOKEN_VARIABLE, server_file_in
 from dispatcher.storage.files import Files
-from dispatcher.storage.run_state import load_run_file
+from dispatcher.storage.run_state import SPOOL_FILE, load_run_file
 from dispatcher.taskmanager.backend.process import ServerProcess
-from dispatcher.taskmanager.cli import add_backend_options, add_task_options, check_backend
-from dispatcher.taskmanager.task.loading import find_task, parse_task_args
+from dispatcher.taskmanager.cli import (
+    add_backend_options,
+    add_task_options,
+    check_backend,
+    describe_command,
+)
 
 _POLL_S = 0.5
 _STATUS_TIMEOUT_S = 5.0
@@ -52,8 +66,8 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="dispatcher run",
         description="Run a task over a file on this machine: starts a server and task managers, "
-        "shows how it goes, and ends with the output complete. The same command goes on where "
-        "it was stopped.",
+        "shows how it goes, and ends with the output complete. The same command, or --resume, "
+        "goes on where it was stopped.",
         epilog="exit codes: 0 complete, 1 error, 2 usage, 3 stopped and resumable, 4 complete "
         "with __ERROR__ lines",
     )
@@ -76,6 +90,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="task manager processes, each with a model server of its own",
     )
+    add_resume_options(parser, has_task=True)
     add_backend_options(parser)
     add_run_limits(parser)
     return parser
@@ -83,29 +98,45 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
+    noted: Path | None = None
     try:
-        args = parse(build_parser(), argv)
-        _check(args)
+        start = read_start(LOCAL_RUN, build_parser(), argv)
+        _check(start)
+        command = describe_command(start)
+        if command is not None:
+            note_start(run_settings_of(start.args, start.args.input, start.args.output, command))
+            noted = _state_dir_of(start.args)
         # This run has a token of its own, which its processes find in server.json; another's is
         # none of their business, let alone of the model servers that they start.
         os.environ.pop(TOKEN_VARIABLE, None)
-        return uvloop.run(LocalRun(args).run())
+        with handing_over(command, start.args.accept_changes) as (environment, task_args):
+            return uvloop.run(LocalRun(start.args, environment, task_args).run())
     except DispatcherError as error:
         print(f"dispatcher run: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # before the signal was taken over
+        hint = f"; go on with: {resume_hint(LOCAL_RUN, noted)}" if noted else ""
+        print(f"dispatcher run: stopped before anything was handed out{hint}", file=sys.stderr)
+        return ExitCode.STOPPED
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(start: Start) -> None:
     """Refuse what cannot work before any process is started."""
-    worker_options = argparse.Namespace(**vars(args))
-    check_backend(worker_options)
-    find_task(args.task)
-    parse_task_args(args.task_arg, args.task_args)
-    if not args.input.exists():
+    args = start.args
+    check_backend(argparse.Namespace(**vars(args)))
+    if start.is_complete:
+        return
+    state_dir = _state_dir_of(args)
+    if not args.input.exists() and not (state_dir / SPOOL_FILE).exists():
         raise UsageError(f"cannot read the input {args.input}: there is no such file")
     if args.input.is_char_device() or args.input.absolute().is_relative_to("/dev"):
         # It is read by a server process whose standard input is not this command's.
         raise UsageError(f"the input {args.input} is not a file; write it to one first")
+
+
+def _state_dir_of(args: argparse.Namespace) -> Path:
+    state: Path = args.state or default_state_dir(args.output)
+    return state.absolute()
 
 
 @dataclass(slots=True)
@@ -119,6 +150,7 @@ class Child:
     name: str
     argv: list[str]
     log_path: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
     process: ServerProcess = field(init=False)
     restarts: int = 0
     run_had: int = 0
@@ -132,7 +164,7 @@ class Child:
         await self.process.start()
 
     def _make_process(self) -> ServerProcess:
-        return ServerProcess(self.name, self.argv, self.log_path, {})
+        return ServerProcess(self.name, self.argv, self.log_path, self.environment)
 
     def last_words(self) -> str:
         """Return what it said last, without the name it says it under."""
@@ -143,15 +175,27 @@ class Child:
 
 
 class LocalRun:
-    """The processes of one run, from start to end."""
+    """The processes of one run, from start to end.
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    The server needs `environment` to know what it is part of; `task_args` is a file of the task's
+    arguments, wherever they came from.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        environment: Mapping[str, str] | None = None,
+        task_args: Path | None = None,
+    ) -> None:
         self._args = args
-        self._state_dir = (args.state or default_state_dir(args.output)).absolute()
+        self._task_args = task_args
+        self._state_dir = _state_dir_of(args)
         self._log_dir = args.log_dir or self._state_dir / "logs"
         # Where the server is and what token it wants: read again when it was started again.
         self._address = f"@{server_file_in(self._state_dir)}"
-        self._server = Child("the server", self._server_argv(), self._log("server"))
+        self._server = Child(
+            "the server", self._server_argv(), self._log("server"), environment or {}
+        )
         self._workers: list[Child] = []
         self._client: AsyncWorkClient | None = None
         self._status: dict[str, Any] = {}
@@ -232,12 +276,13 @@ class LocalRun:
             if child is self._server and code == ExitCode.COMPLETE:
                 self._status["state"] = "complete"
                 continue
-            never_worked = not self._status.get("next_work_id")
+            # The server did, or there would be no worker; it may have died before its first answer.
+            never_worked = child is not self._server and not self._status.get("next_work_id")
             in_vain = child.restarts >= _RESTARTS and child.run_had == self._got_on()
             if in_vain or code == ExitCode.USAGE or never_worked:
                 raise DispatcherError(
                     f"{child.name} ended with exit code {code}: {child.last_words()} "
-                    f"(its log is {child.log_path}; the same command goes on)"
+                    f"(its log is {child.log_path}; go on with: {self._resume_hint})"
                 )
             self._count_restart(child)
             self._display.note(f"{child.name} ended with exit code {code}; starting it again")
@@ -264,7 +309,8 @@ class LocalRun:
         if run_file.get("state") != "complete":
             done = self._status.get("done", 0)
             self._display.note(
-                f"stopped after {clock(seconds)} with {done} lines done; the same command goes on"
+                f"stopped after {clock(seconds)} with {done} lines done; go on with: "
+                f"{self._resume_hint}"
             )
             return ExitCode.STOPPED
         summary = run_file.get("summary", {})
@@ -275,11 +321,20 @@ class LocalRun:
             f"{summary.get('charged', 0)} charged reissues, {tokens} tokens generated, "
             f"in {clock(seconds)}: {self._args.output}"
         )
-        if failed:
+        if mismatches := summary.get("step_mismatches", 0):
             self._display.note(
-                "the lines with errors: grep -n '^{\"__ERROR__\"' " + str(self._args.output)
+                f"{mismatches} times a task that was begun again asked something else than was "
+                "recorded, so that the model was asked anew (README, Writing tasks)"
             )
+        if failed:
+            kinds = ", ".join(f"{kind} {n}" for kind, n in summary.get("errors", {}).items())
+            again = shlex.join(["dispatcher", "runs", str(self._state_dir), "--failed-to", "FILE"])
+            self._display.note(f"errors: {kinds}; to run these lines again: {again}")
         return ExitCode.COMPLETE_WITH_ERRORS if failed else ExitCode.COMPLETE
+
+    @property
+    def _resume_hint(self) -> str:
+        return resume_hint(LOCAL_RUN, self._state_dir)
 
     def _log(self, name: str) -> Path:
         return Path(self._log_dir) / f"{name}.log"
@@ -300,6 +355,9 @@ class LocalRun:
         forwarded = Parser(add_help=False)
         add_task_options(forwarded)
         add_backend_options(forwarded)
-        options = argparse.Namespace(**{**vars(self._args), "log_dir": log_dir})
+        changed: dict[str, Any] = {"log_dir": log_dir}
+        if self._task_args is not None:
+            changed |= {"task_args": self._task_args, "task_arg": []}
+        options = argparse.Namespace(**{**vars(self._args), **changed})
         command = [sys.executable, "-m", "dispatcher.taskmanager.cli"]
         return [*command, f"--dispatcher={self._address}", *argv_of(forwarded, options)]

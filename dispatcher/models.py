@@ -150,7 +150,8 @@ class StepItem(msgspec.Struct, omit_defaults=True, gc=False):
     """One step of an item handed in for recording.
 
     `response` is the answer as one JSON value on one line. None instead says that the task asks
-    something else here than recorded, and drops what is recorded from this position on.
+    something else here than recorded, of which `hash` is the hash, and drops what is recorded
+    from this position on.
     """
 
     work_id: int

@@ -51,7 +51,7 @@ from dispatcher.storage.files import Files
 from dispatcher.storage.journal import last_epoch
 from dispatcher.storage.opening import OpenRun, open_run, utc_now
 from dispatcher.storage.ownership import REFRESH_S, Ownership
-from dispatcher.storage.run_state import make_state_dir, save_run_file
+from dispatcher.storage.run_state import make_state_dir, remove_intermediate, save_run_file
 from dispatcher.storage.source import InputLine, LineSource
 from dispatcher.storage.writer import Batch, RunWriter
 
@@ -200,6 +200,8 @@ class DispatchService:
             thread.shutdown()
         if self._source is not None:
             self._source.close()
+        if self.finished.is_set() and self.failure is None:
+            remove_intermediate(self.settings.state_dir, self.epoch, self._files)
         self.stopped.set()
 
     async def _take_run(self) -> None:
@@ -319,7 +321,7 @@ class DispatchService:
             elif not _is_sound(step):
                 outcomes.append(StepOutcome.INVALID)
             elif step.response is None:
-                outcomes.append(queue.cut_steps(*about))
+                outcomes.append(queue.cut_steps(*about, step.hash))
             elif answer is None:
                 outcomes.append(StepOutcome.INVALID)
             else:
@@ -432,10 +434,10 @@ class DispatchService:
             left = count - len(grants)
             fresh = queue.lease_ready(worker, left, now, REPLY_BYTES - size, solo=not grants)
             solo = any(grant.solo for grant in fresh)
-            size += sum(grant.line_bytes for grant in fresh)
+            size += sum(g.line_bytes + queue.steps.size_of(g.work_id) for g in fresh)
             grants += fresh
         if not grants:
-            grants = queue.lease_backup(worker, count, now)
+            grants = queue.lease_backup(worker, count, now, REPLY_BYTES)
         self._queue_events()
         again = [grant for grant in grants if grant.work_id not in texts]
         if again:
@@ -462,8 +464,7 @@ class DispatchService:
     async def _attach_steps(self, items: list[WorkItem], queue: WorkQueue) -> None:
         """Let items carry the answers that are recorded for them."""
         assert self._writer is not None
-        known = {item.work_id: dict(queue.steps.of(item.work_id)) for item in items}
-        wanted = {work_id: list(notes) for work_id, notes in known.items() if notes}
+        wanted = [item.work_id for item in items if queue.steps.of(item.work_id)]
         if not wanted:
             return
         try:
@@ -473,11 +474,10 @@ class DispatchService:
             log.warning("recorded steps cannot be read: %s", error)
             return
         for item in items:
-            if answers := found.get(item.work_id):
-                notes = known[item.work_id]
+            if steps := found.get(item.work_id):
                 item.steps = [
-                    Step(position, notes[position].hash, answers[position].decode())
-                    for position in sorted(answers)
+                    Step(position, request_hash, answer.decode())
+                    for position, (request_hash, answer) in sorted(steps.items())
                 ]
 
     def _open_lines(self, count: int, now: float) -> dict[int, str]:

@@ -59,14 +59,20 @@ class StepMap(Generic[V]):
         dropped: list[V] = []
         for work_id in work_ids:
             if (steps := self._items.pop(work_id, None)) is not None:
+                self._dropped(work_id, [*steps.values()])
                 dropped += steps.values()
         return dropped
+
+    def _dropped(self, work_id: int, dropped: list[V]) -> None:
+        """An item lost some of its steps, or all."""
 
     def _cut(self, work_id: int, first: Position) -> list[V]:
         steps = self._items.get(work_id, {})
         dropped = [steps.pop(position) for position in list(steps) if position >= first]
         if not steps:
             self._items.pop(work_id, None)
+        if dropped:
+            self._dropped(work_id, dropped)
         return dropped
 
 
@@ -83,18 +89,21 @@ class StepBook(StepMap[StepNote]):
     def __init__(self) -> None:
         super().__init__()
         self.size = 0
+        self._sizes: dict[int, int] = {}
 
     def size_of(self, work_id: int) -> int:
         """Return the bytes of the item's answers."""
-        return sum(note.size for note in self.of(work_id).values())
+        return self._sizes.get(work_id, 0)
 
     def add(self, work_id: int, position: Position, value: StepNote) -> None:
         """A step was recorded."""
         super().add(work_id, position, value)
         self.size += value.size
+        self._sizes[work_id] = self.size_of(work_id) + value.size
 
-    def apply(self, event: Event) -> list[StepNote]:
-        """Drop the steps that the event ends."""
-        dropped = super().apply(event)
-        self.size -= sum(note.size for note in dropped)
-        return dropped
+    def _dropped(self, work_id: int, dropped: list[StepNote]) -> None:
+        size = sum(note.size for note in dropped)
+        self.size -= size
+        self._sizes[work_id] -= size
+        if not self.of(work_id):
+            del self._sizes[work_id]

@@ -57,6 +57,7 @@ from dispatcher.models import Outcome, StepOutcome
 
 _FORGET_AFTER_TERMS = 20
 _UNLIMITED = 1 << 62
+_BEFORE_ALL: Position = (-1, 0)
 
 CRASH = "crash"
 """The release reason by which a worker says that its model server died under the item."""
@@ -84,6 +85,7 @@ class QueuePolicy:
     step_bytes: int = 1 << 20
     item_step_bytes: int = 16 << 20
     run_step_bytes: int = 64 << 30
+    item_steps: int = 4096
 
 
 Arrival = tuple[int, int | None, bytes, str]
@@ -251,7 +253,9 @@ class WorkQueue:
                     break
         return self._lease(chosen, worker, now)
 
-    def lease_backup(self, worker: str, count: int, now: float) -> list[Grant]:
+    def lease_backup(
+        self, worker: str, count: int, now: float, max_bytes: int = 1 << 62
+    ) -> list[Grant]:
         """Lease second copies of items that run far longer than others do, to another worker.
 
         Call it only when nothing is ready: a copy costs nothing but idle time then (J. Dean and
@@ -263,11 +267,12 @@ class WorkQueue:
         grants: list[Grant] = []
         for lease in self._find_overdue(now):
             item = self.items.get(lease.work_id)
-            if len(grants) == count:
+            if len(grants) == count or max_bytes <= 0:
                 break
             if item is None or item.leases != [lease] or lease.worker == worker:
                 continue
             grants += self._lease([item], worker, now)
+            max_bytes -= item.line_bytes + self.steps.size_of(item.work_id)
         return grants
 
     def note_idle(self, worker: str, want: int) -> None:
@@ -398,6 +403,7 @@ class WorkQueue:
         policy, size = self.policy, len(response)
         if (
             size > policy.step_bytes
+            or len(self.steps.of(work_id)) >= policy.item_steps
             or self.steps.size_of(work_id) + size > policy.item_step_bytes
             or self.steps.size + size > policy.run_step_bytes
         ):
@@ -409,12 +415,24 @@ class WorkQueue:
         return StepOutcome.ACCEPTED
 
     def cut_steps(
-        self, work_id: int, serial: int | None, attempt: int, position: Position
+        self,
+        work_id: int,
+        serial: int | None,
+        attempt: int,
+        position: Position,
+        void_hash: str | None = None,
     ) -> StepOutcome:
-        """The task asks something else than recorded: drop what is recorded from there on."""
+        """The task asks something else than recorded: drop what is recorded from there on.
+
+        Unless something else than `void_hash` stands there by now: then this call came twice.
+        """
         if not self._may_record(work_id, serial, attempt):
             return StepOutcome.STALE
-        if any(known >= position for known in self.steps.of(work_id)):
+        steps = self.steps.of(work_id)
+        known = steps.get(position)
+        if void_hash is not None and (known is None or known.hash != void_hash):
+            return StepOutcome.ACCEPTED
+        if position <= max(steps, default=_BEFORE_ALL):
             self._record(StepsCut(work_id, position), now=0.0)
         return StepOutcome.ACCEPTED
 

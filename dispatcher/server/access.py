@@ -21,6 +21,7 @@ MAX_WAIT_S = 60.0
 MAX_NAME = 128
 MAX_COUNT = 1 << 53
 MAX_ITEMS = 1 << 14
+MAX_STEPS = 1 << 12
 MAX_HELD = 1 << 17
 _LONGEST_INT = 18
 
@@ -124,17 +125,17 @@ def decode_steps(body: bytes) -> tuple[list[StepItem], list[int]]:
         steps = msgspec.json.decode(body, type=StepsSubmission).steps
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         steps, unreadable = [], []
-        for place, raw in enumerate(_decode_loosely(body, "steps")["steps"]):
+        for place, raw in enumerate(_decode_loosely(body, "steps", MAX_STEPS)["steps"]):
             try:
                 steps.append(msgspec.convert(raw, StepItem))
             except (msgspec.ValidationError, UnicodeEncodeError):
                 unreadable.append(place)
         return steps, unreadable
-    check_length(steps, "steps", MAX_ITEMS)
+    check_length(steps, "steps", MAX_STEPS)
     return steps, []
 
 
-def _decode_loosely(body: bytes, name: str) -> dict[str, Any]:
+def _decode_loosely(body: bytes, name: str, most: int) -> dict[str, Any]:
     """Decode a body that holds a list `name`, whatever its members are."""
     try:
         # Python's decoder lets lone surrogates and NaN pass, so that only the item that holds
@@ -144,12 +145,12 @@ def _decode_loosely(body: bytes, name: str) -> dict[str, Any]:
         raise BadRequestError(f"the body is not JSON: {error}") from error
     if not isinstance(loose, dict) or not isinstance(loose.get(name), list):
         raise BadRequestError(f'the body must be an object with a list "{name}"')
-    check_length(loose[name], name, MAX_ITEMS)
+    check_length(loose[name], name, most)
     return loose
 
 
 def _decode_item_by_item(body: bytes) -> tuple[Submission, list[int]]:
-    loose = _decode_loosely(body, "items")
+    loose = _decode_loosely(body, "items", MAX_ITEMS)
     items: list[ResultItem] = []
     unreadable: list[int] = []
     for place, raw in enumerate(loose["items"]):

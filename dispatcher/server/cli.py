@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import errno
@@ -16,8 +17,16 @@ from pathlib import Path
 
 import uvloop
 
-from dispatcher.config import Parser, RunSettings, add_run_limits, number, parse, run_settings_of
+from dispatcher.config import Parser, RunSettings, add_run_limits, number, run_settings_of
 from dispatcher.errors import DispatcherError, ExitCode, StorageError, UsageError
+from dispatcher.run_command import (
+    SERVER,
+    add_resume_options,
+    note_start,
+    read_start,
+    resume_hint,
+    take_handed_over,
+)
 from dispatcher.server.access import Gate
 from dispatcher.server.app import listen, make_app, stop_listening
 from dispatcher.server.connections import ConnectionLimits, raise_file_limit
@@ -82,7 +91,7 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="dispatcher-server",
         description="Hand out the lines of a file to task managers, take their results and "
-        "write them in input order. Start it again with the same arguments to go on.",
+        "write them in input order. The same command, or --resume, goes on where it was stopped.",
     )
     files = parser.add_argument_group("files")
     files.add_argument("--infile", type=Path, required=True, help="input, one item a line")
@@ -131,6 +140,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="connections open at once; further ones are closed",
     )
+    add_resume_options(parser, has_task=False)
     add_run_limits(parser)
     return parser
 
@@ -141,12 +151,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     # after every few hundred costs a tenth of the server's time.
     gc.set_threshold(50_000, 20, 50)
     try:
-        args = parse(build_parser(), argv)
-        settings = run_settings_of(args, args.infile, args.outfile)
+        settings, args = _read(argv)
         token = None if args.no_auth else token_given(args.token_file)
         limits = _limits(args.max_connections)
         with _listen(args.host, args.port) as listener:
             network = Network(args.host, listener, not args.no_auth, token, limits)
+            note_start(settings)
             ownership = Ownership(settings.state_dir, Files(), takeover=args.takeover)
             return uvloop.run(serve(settings, network, ownership))
     except DispatcherError as error:
@@ -154,6 +164,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:  # before the signal was taken over: nothing was begun
         return ExitCode.STOPPED
+
+
+def _read(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namespace]:
+    """Return the run's settings and the other options; who started it says what it is part of."""
+    handed_over = take_handed_over()
+    start = read_start(SERVER, build_parser(), argv, output="outfile")
+    args = start.args
+    command, args.accept_changes = handed_over or (start.describe(), False)
+    return run_settings_of(args, args.infile, args.outfile, command), args
 
 
 def _limits(max_connections: int) -> ConnectionLimits:
@@ -298,7 +317,9 @@ async def _serve_until_end(
         announcement.write_if_possible("complete")
         return ExitCode.COMPLETE
     announcement.write_if_possible("stopped")
-    print("dispatcher-server: stopped; start it again with the same arguments to go on")
+    settings = service.settings
+    program = (settings.command or {}).get("program", SERVER)
+    print(f"dispatcher-server: stopped; go on with: {resume_hint(program, settings.state_dir)}")
     return ExitCode.STOPPED
 
 

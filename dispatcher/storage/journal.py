@@ -185,6 +185,8 @@ class Journal:
         Raises CorruptJournalError when it is damaged.
         """
         number = location.segment
+        if number not in self._segments:
+            raise CorruptJournalError(f"segment {number} of {self._directory} is missing")
         if number not in self._checked:
             for _ in self.scan(number):
                 pass

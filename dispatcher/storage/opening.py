@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import os
 import secrets
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -19,19 +17,23 @@ from dispatcher.errors import StateError
 from dispatcher.storage.files import Files
 from dispatcher.storage.journal import JOURNAL_DIR
 from dispatcher.storage.records import RunHeader
-from dispatcher.storage.run_state import load_run_file, save_run_file
-from dispatcher.storage.source import LineSource, open_source
+from dispatcher.storage.run_state import STARTING, load_run_file, save_run_file
+from dispatcher.storage.same_run import check_command, check_input, check_output, going_on, shown
+from dispatcher.storage.source import LineSource, is_plain_file, open_source
 from dispatcher.storage.writer import SOLE_OWNER, Owner, RunWriter
 
 
 @dataclass(slots=True)
 class OpenRun:
-    """A run that is ready to go on. `run_file` is what run.yaml holds."""
+    """A run that is ready to go on. `run_file` is what run.yaml holds.
+
+    `source` is None when the run is complete.
+    """
 
     run_id: str
     epoch: int
     queue: WorkQueue
-    source: LineSource
+    source: LineSource | None
     writer: RunWriter
     run_file: dict[str, Any]
     is_complete: bool = False
@@ -44,18 +46,25 @@ def open_run(
 
     Raises UsageError, StateError or StorageError with what was found and what to do about it.
     """
-    source = open_source(settings.infile, settings.state_dir, settings.max_line_bytes)
-    fingerprint = source.fingerprint()
     run_file = load_run_file(settings.state_dir, files) or {}
+    if run_file.get("state") == STARTING:
+        run_file = {}  # nobody came to have that run
     writer = RunWriter(settings.state_dir / JOURNAL_DIR, settings.outfile, files, owner)
     if run_file.get("state") == "complete":
-        _check_input(settings, run_file.get("fingerprint", {}), fingerprint)
-        return _open_complete(settings, source, writer, run_file, epoch, now)
+        return _open_complete(settings, writer, run_file, epoch, now)
+    source = open_source(settings.infile, settings.state_dir, settings.max_line_bytes)
+    fingerprint = source.fingerprint()
     recovered = writer.read_journal(settings.policy, now)
+    accepted: list[str] = []
     if recovered is not None:
-        _check_input(settings, recovered.header.fingerprint, fingerprint)
+        header = recovered.header
+        check_input(settings, header.fingerprint, fingerprint)
+        positions = recovered.retention.newest_first()
+        written = positions[0].size_bytes if positions else 0
+        check_output(settings, header.settings.get("output"), written)
+        accepted = check_command(run_file.get("command"), settings.command, settings.accept_changes)
         queue = recovered.queue
-        run_id = recovered.header.run_id
+        run_id = header.run_id
     else:
         _check_nothing_is_missing(settings, run_file)
         _check_no_output(settings)
@@ -72,27 +81,27 @@ def open_run(
         "started_at": run_file.get("started_at", utc_now()),
         "fingerprint": fingerprint,
         "settings": described,
+        "command": going_on(run_file.get("command"), settings.command),
+        "accepted_changes": [
+            *run_file.get("accepted_changes", []),
+            *({"at": utc_now(), "change": change} for change in accepted),
+        ],
     }
     owner.confirm()
-    save_run_file(settings.state_dir, run_file, files)
+    save_run_file(settings.state_dir, {key: part for key, part in run_file.items() if part}, files)
     return OpenRun(run_id, epoch, queue, source, writer, run_file)
 
 
 def describe(settings: RunSettings) -> dict[str, Any]:
     """Return the settings as run.yaml and the journal keep them."""
     return {
-        "input": _shown(settings.infile),
-        "output": _shown(settings.outfile),
-        "state": _shown(settings.state_dir),
+        "input": shown(settings.infile),
+        "output": shown(settings.outfile),
+        "state": shown(settings.state_dir),
         "retry_s": settings.retry_s,
         "max_line_bytes": settings.max_line_bytes,
         **asdict(settings.policy),
     }
-
-
-def _shown(path: Path) -> str:
-    # A name need not be UTF-8, but what stands in a text file must be.
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def utc_now() -> str:
@@ -101,20 +110,22 @@ def utc_now() -> str:
 
 
 def _open_complete(
-    settings: RunSettings,
-    source: LineSource,
-    writer: RunWriter,
-    run_file: dict[str, Any],
-    epoch: int,
-    now: float,
+    settings: RunSettings, writer: RunWriter, run_file: dict[str, Any], epoch: int, now: float
 ) -> OpenRun:
     """There is nothing to hand out, and the output is not touched."""
     size = settings.outfile.stat().st_size if settings.outfile.exists() else None
-    if size != run_file.get("output_bytes"):
+    sizes = [run_file.get("output_bytes")]
+    if isinstance(merged := run_file.get("merged"), dict):
+        sizes.append(merged.get("output_bytes"))  # a merge was stopped (dispatcher/runs/merge.py)
+    if size is None or size not in sizes:
         raise StateError(
             f"{settings.state_dir} says that its run is complete, but {settings.outfile} is not "
             "the output it wrote; restore the output, or remove the state directory to start anew"
         )
+    if is_plain_file(settings.infile):  # a pipe is not read a second time
+        source = LineSource(settings.infile, settings.max_line_bytes)
+        check_input(settings, run_file.get("fingerprint", {}), source.fingerprint())
+        source.close()
     writer.remove_journal()  # a process that died after writing run.yaml left it behind
     queue = WorkQueue(settings.policy)
     counters = msgspec.convert(run_file.get("summary", {}), Counters)
@@ -122,19 +133,7 @@ def _open_complete(
     queue.restore(QueueState(total, total, 0, 1, counters, []), now)
     queue.end_of_input()
     run_id = str(run_file.get("run", ""))
-    return OpenRun(run_id, epoch, queue, source, writer, run_file, is_complete=True)
-
-
-def _check_input(settings: RunSettings, before: dict[str, Any], now: dict[str, Any]) -> None:
-    if before == now:
-        return
-    changed = "its content"
-    if before.get("size") != now["size"]:
-        changed = f"its size ({before.get('size')} bytes then, {now['size']} now)"
-    raise StateError(
-        f"the input {settings.infile} is not the one this run began with: {changed} changed; "
-        "restore it, or start a new run with another --outfile"
-    )
+    return OpenRun(run_id, epoch, queue, None, writer, run_file, is_complete=True)
 
 
 def _check_nothing_is_missing(settings: RunSettings, run_file: dict[str, Any]) -> None:

@@ -119,6 +119,15 @@ def payloads(record: Record, end: int) -> tuple[list[int], list[int], list[bytes
 
 
 def step_place(event: Stepped, end: int) -> tuple[int, int]:
-    """Return where the answer in a record that ends at byte `end` begins, and its length."""
-    length = len(bytes(event.response))
+    """Return where hash and answer stand in a record that ends at byte `end`: begin and length.
+
+    They are read back together, so that an answer never gets the hash of another request.
+    """
+    length = len(f'"{event.hash}",') + len(bytes(event.response))
     return end - len("]") - length, length
+
+
+def split_step(stored: bytes) -> tuple[str, bytes]:
+    """Return hash and answer from the bytes at a step's place."""
+    _, request_hash, rest = stored.split(b'"', 2)
+    return request_hash.decode(), rest[1:]

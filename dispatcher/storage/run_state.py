@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,15 @@ import yaml
 from dispatcher.errors import StateError, StorageError, UsageError
 from dispatcher.storage.files import Files
 from dispatcher.storage.journal import JOURNAL_DIR
+from dispatcher.storage.ownership import OWNERS_DIR
 
 RUN_FILE = "run.yaml"
+STARTING = "starting"
+"""The state in a run.yaml that says what was begun, by whom nobody had the run yet."""
+
+SPOOL_FILE = "input.spool"
+PARTIAL_SPOOL_FILE = "input.partial"
+_LOCK_FILE = "lock"
 
 
 def make_state_dir(path: Path, files: Files) -> None:
@@ -33,24 +43,79 @@ def make_state_dir(path: Path, files: Files) -> None:
 
 
 def load_run_file(state_dir: Path, files: Files) -> dict[str, Any] | None:
-    """Return what run.yaml says, or None when there is none."""
+    """Return what run.yaml says, or None when there is none. Raises StateError."""
     path = state_dir / RUN_FILE
     try:
         text = files.read_whole(path)
-        content = yaml.safe_load(text.decode()) if text is not None else None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StateError(f"cannot read {path}: {error}; restore or remove it") from error
+    except NotADirectoryError:
+        return None
+    except OSError as error:
+        raise StateError(f"cannot read {path}: {error.strerror}") from error
     if text is None:
         return None
+    remedy = "restore it, or remove it and give the run's whole command again, which goes on"
+    try:
+        content = yaml.safe_load(text.decode())
+    except (yaml.YAMLError, ValueError) as error:
+        raise StateError(f"{path} is damaged ({_in_one_line(error)}); {remedy}") from error
     if not isinstance(content, dict):
-        raise StateError(f"{path} does not hold a run's description; restore or remove it")
+        raise StateError(f"{path} does not hold a run's description; {remedy}")
     return content
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        return f"line {error.problem_mark.line + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def note_start(state_dir: Path, content: dict[str, Any], files: Files) -> None:
+    """Write a first run.yaml, unless somebody had the run before: then it is its owner's alone.
+
+    So a run can be resumed that is stopped before its owner came to write one. Nothing else rests
+    on it, and where it cannot be written the run says so itself.
+    """
+    path = state_dir / RUN_FILE
+    with contextlib.suppress(OSError, StateError, StorageError):
+        known = load_run_file(state_dir, files)
+        if known is not None:
+            if known.get("state") == STARTING:
+                save_run_file(state_dir, content, files)
+            return
+        partial = path.with_name(f".{RUN_FILE}.{secrets.token_hex(8)}.tmp")
+        try:
+            files.write_whole(partial, _encode(content))
+            os.link(partial, path)  # which, unlike a renaming, replaces nothing
+        finally:
+            files.unlink(partial)
+        files.sync_dir(state_dir)
 
 
 def save_run_file(state_dir: Path, content: dict[str, Any], files: Files) -> None:
     """Write run.yaml atomically and durably."""
-    text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     try:
-        files.write_whole(state_dir / RUN_FILE, text.encode())
+        files.write_whole(state_dir / RUN_FILE, _encode(content))
     except OSError as error:
         raise StorageError(f"cannot write {state_dir / RUN_FILE}: {error.strerror}") from error
+
+
+def remove_intermediate(state_dir: Path, epoch: int, files: Files) -> None:
+    """Remove what a complete run needs no more, as its owner of this epoch, who let go of it.
+
+    What is left behind costs room but does no harm, so that a failure is no error.
+    """
+    names = [SPOOL_FILE, PARTIAL_SPOOL_FILE]
+    names += [name for name in files.names(state_dir) if name.startswith(f".{RUN_FILE}.")]
+    with contextlib.suppress(OSError):
+        for name in names:
+            files.unlink(state_dir / name)
+        (state_dir / JOURNAL_DIR).rmdir()
+    owners = state_dir / OWNERS_DIR
+    with contextlib.suppress(OSError):
+        files.unlink(owners / f"{epoch:06d}")
+        owners.rmdir()  # fails when another process has a claim, whose lock must stay
+        files.unlink(state_dir / _LOCK_FILE)
+
+
+def _encode(content: dict[str, Any]) -> bytes:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True).encode()

@@ -16,12 +16,14 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from dispatcher.errors import StateError, UsageError
+from dispatcher.errors import StateError, StorageError, UsageError
+from dispatcher.storage.run_state import PARTIAL_SPOOL_FILE, SPOOL_FILE
 
 _CHUNK_BYTES = 1 << 20
 _PLAIN_BYTES = 1 << 18
 _SAMPLE_BYTES = 1 << 16
 _SAMPLES = 16
+_OF_ONE_PROCESS = ("/dev/stdin", "/dev/fd", "/proc")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -149,18 +151,34 @@ class LineSource:
 
 def open_source(path: Path, state_dir: Path, max_line_bytes: int) -> LineSource:
     """Open the input; what cannot be seeked (a pipe) is first copied into the state directory."""
+    spool = state_dir / SPOOL_FILE
+    if spool.exists() and not is_plain_file(path) and not path.is_dir():
+        return LineSource(spool, max_line_bytes)  # the pipe, and its writer, may be long gone
     try:
         mode = path.stat().st_mode
     except OSError as error:
         raise UsageError(f"cannot read the input {path}: {error.strerror}") from error
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return LineSource(path, max_line_bytes)
-    spool = state_dir / "input.spool"
-    if not spool.exists():
-        partial = spool.with_suffix(".partial")
-        with path.open("rb") as pipe, partial.open("wb") as copy:
-            shutil.copyfileobj(pipe, copy, _CHUNK_BYTES)
-            copy.flush()
-            os.fsync(copy.fileno())
-        partial.rename(spool)
+    try:
+        _copy(path, state_dir)
+    except OSError as error:
+        raise StorageError(
+            f"cannot copy the input {path} to {spool}: {error.strerror}; mend that, and start the "
+            "run again with the whole input"
+        ) from error
     return LineSource(spool, max_line_bytes)
+
+
+def is_plain_file(path: Path) -> bool:
+    """Say whether the path names a file that another start finds again, unlike /dev/stdin."""
+    return path.is_file() and not any(map(path.is_relative_to, _OF_ONE_PROCESS))
+
+
+def _copy(pipe: Path, state_dir: Path) -> None:
+    partial = state_dir / PARTIAL_SPOOL_FILE
+    with pipe.open("rb") as source, partial.open("wb") as copy:
+        shutil.copyfileobj(source, copy, _CHUNK_BYTES)
+        copy.flush()
+        os.fsync(copy.fileno())
+    partial.rename(state_dir / SPOOL_FILE)

@@ -6,6 +6,7 @@ Everything here runs in the service's writer thread, one call at a time.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -34,6 +35,7 @@ from dispatcher.storage.records import (
     encode_into,
     encode_records,
     payloads,
+    split_step,
 )
 from dispatcher.storage.recovery import (
     Recovered,
@@ -209,20 +211,18 @@ class RunWriter:
         if position is not None:
             self._drop_unneeded()
 
-    def read_steps(self, wanted: dict[int, list[Position]]) -> dict[int, dict[Position, bytes]]:
-        """Return recorded answers: for each item those at `wanted` that are still recorded.
+    def read_steps(self, work_ids: Iterable[int]) -> dict[int, dict[Position, tuple[str, bytes]]]:
+        """Return what is recorded for these items: hash and answer by position.
 
         Raises OSError or CorruptJournalError when the journal cannot be read.
         """
-        found: dict[int, dict[Position, bytes]] = {}
-        for work_id, positions in wanted.items():
-            places = self._steps.of(work_id)
-            found[work_id] = {
-                position: self._journal.read(places[position])
-                for position in positions
-                if position in places
+        return {
+            work_id: {
+                position: split_step(self._journal.read(place))
+                for position, place in self._steps.of(work_id).items()
             }
-        return found
+            for work_id in work_ids
+        }
 
     def finish_output(self) -> int:
         """Return the output's size once all of it is on disk, under its name.

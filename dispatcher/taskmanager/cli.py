@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import contextlib
 import gc
+import hashlib
 import logging
 import os
 import secrets
@@ -17,12 +18,21 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import uvloop
 
-from dispatcher.config import Parser, add_run_limits, number, parse, run_settings_of
+from dispatcher.config import Parser, add_run_limits, number, run_settings_of
 from dispatcher.errors import DispatcherError, ExitCode, UsageError
 from dispatcher.models import WorkerStats
+from dispatcher.run_command import (
+    TASK_RUN,
+    Start,
+    add_resume_options,
+    note_start,
+    read_start,
+    resume_hint,
+)
 from dispatcher.server_file import TOKEN_VARIABLE, token_given
 from dispatcher.taskmanager.backend.base import Backend
 from dispatcher.taskmanager.backend.fake import FakeBackend
@@ -32,7 +42,12 @@ from dispatcher.taskmanager.backend.vllm import VLLMBackend, VLLMSettings
 from dispatcher.taskmanager.manager import Manager
 from dispatcher.taskmanager.step_threads import THREAD_NAME
 from dispatcher.taskmanager.task.base import Task
-from dispatcher.taskmanager.task.loading import load_task, parse_task_args
+from dispatcher.taskmanager.task.loading import (
+    describe_task,
+    find_task,
+    load_task,
+    parse_task_args,
+)
 from dispatcher.taskmanager.tasksource.dispatcher import DispatcherTaskSource
 from dispatcher.taskmanager.tasksource.file import FileTaskSource
 from dispatcher.taskmanager.tasksource.leased import LeasedSource
@@ -41,6 +56,7 @@ BACKENDS = ("vllm", "openai", "local", "fake")
 DEFAULT_WORKERS = 64
 FAKE_MODEL = "fake"
 _THREAD_END_S = 0.1
+BASE_URL_VARIABLE = "OPENAI_BASE_URL"
 OPENAI_URL = "https://api.openai.com/v1"
 
 
@@ -78,6 +94,7 @@ def build_parser() -> Parser:
         help="seconds without an answer from the server before this worker gives up",
     )
     source.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these options")
+    add_resume_options(parser, has_task=True)
     add_backend_options(parser)
     add_run_limits(parser)
     return parser
@@ -204,10 +221,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
     )
     try:
-        args = parse(build_parser(), argv)
-        _check(args)
-        task_class = load_task(args.task, parse_task_args(args.task_arg, args.task_args))
-        code = uvloop.run(run(args, task_class))
+        start = read_start(TASK_RUN, build_parser(), argv)
+        _check(start.args)
+        command = None if start.args.dispatcher is not None else describe_command(start)
+        task_class = _load_task(start, command)
+        code = uvloop.run(run(start.args, task_class, command))
     except DispatcherError as error:
         print(f"dispatcher-task-run: {error}", file=sys.stderr)
         code = int(error.exit_code)
@@ -221,6 +239,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def describe_command(start: Start) -> dict[str, Any] | None:
+    """Return what run.yaml keeps of a command that owns a run and its task.
+
+    None when the run is complete and the task not looked at. Raises TaskLoadError.
+    """
+    if start.is_complete:
+        return None
+    args = start.args
+    task_args = parse_task_args(args.task_arg, args.task_args, start.task_args)
+    if args.backend == "openai" and args.base_url is None and BASE_URL_VARIABLE in os.environ:
+        start.record("base_url", os.environ[BASE_URL_VARIABLE])
+    task = describe_task(args.task, find_task(args.task), task_args)
+    return start.describe(task, describe_model(args))
+
+
+def describe_model(args: argparse.Namespace) -> dict[str, Any]:
+    """Return a model's name and, where this machine serves it, what its files look like."""
+    filled = argparse.Namespace(**vars(args))
+    check_backend(filled)
+    described: dict[str, Any] = {"name": filled.model}
+    if filled.model is None or filled.no_launch or filled.backend not in ("vllm", "local"):
+        return described
+    path = Path(filled.model).absolute()
+    if not path.exists():
+        return described | {"files": None}
+    return described | {"path": str(path), "files": _fingerprint(path)}
+
+
+def _fingerprint(path: Path) -> str:
+    """Return a hash over the names and sizes of a model's files."""
+    hashed = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        name = file.relative_to(path.parent)
+        hidden = any(part.startswith(".") for part in name.parts[1:])  # a download's notes
+        if not hidden and file.is_file():
+            hashed.update(f"{os.fsencode(name).hex()} {file.stat().st_size}\n".encode())
+    return hashed.hexdigest()
+
+
+def _load_task(start: Start, command: dict[str, Any] | None) -> type[Task]:
+    args = start.args
+    if command is None:
+        task_args = parse_task_args(args.task_arg, args.task_args, start.task_args)
+        return load_task(args.task, task_args)
+    # The task's own preparations may take long; from here on the run can be resumed.
+    note_start(run_settings_of(args, args.input, args.output, command))
+    return load_task(args.task, command["task"]["args"])
+
+
 def _task_code_still_runs() -> bool:
     """Say whether a thread of task code did not end when its manager did."""
     threads = [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
@@ -232,6 +299,11 @@ def _task_code_still_runs() -> bool:
 def _check(args: argparse.Namespace) -> None:
     """Refuse combinations that argparse cannot."""
     has_files = args.input is not None or args.output is not None
+    if args.resume is not None and args.dispatcher is not None:
+        raise UsageError(
+            "--resume goes on with a run over a file; a worker of a server (--dispatcher) has "
+            "nothing to resume and is just started again"
+        )
     if (args.dispatcher is not None) == has_files:
         raise UsageError("give either --dispatcher ADDRESS or --input FILE --output FILE")
     if has_files and (args.input is None or args.output is None):
@@ -253,8 +325,13 @@ def check_backend(args: argparse.Namespace) -> None:
         args.batch_size = max(2, args.workers // 4)
 
 
-async def run(args: argparse.Namespace, task_class: type[Task]) -> int:
-    """Start the backend, run the manager until the work is done, end everything."""
+async def run(
+    args: argparse.Namespace, task_class: type[Task], command: dict[str, Any] | None = None
+) -> int:
+    """Start the backend, run the manager until the work is done, end everything.
+
+    `command` is what run.yaml keeps of the command in file mode.
+    """
     stopping = asyncio.Event()
     main_task = asyncio.current_task()
     assert main_task is not None
@@ -272,19 +349,31 @@ async def run(args: argparse.Namespace, task_class: type[Task]) -> int:
         )
         backend = make_backend(args, log_dir)
         try:
-            await _run_manager(args, task_class, backend)
+            await _run_manager(args, task_class, backend, command)
         except asyncio.CancelledError:
             if not stopping.is_set():
                 raise
             main_task.uncancel()
-            print("dispatcher-task-run: stopped; what was not finished was given back")
+            print(f"dispatcher-task-run: stopped; {_what_next(args)}")
             return ExitCode.STOPPED
         finally:
             await backend.close()
     return ExitCode.COMPLETE
 
 
-async def _run_manager(args: argparse.Namespace, task_class: type[Task], backend: Backend) -> None:
+def _what_next(args: argparse.Namespace) -> str:
+    if args.dispatcher is not None:
+        return "what was not finished was given back"
+    state_dir = run_settings_of(args, args.input, args.output).state_dir
+    return f"go on with: {resume_hint(TASK_RUN, state_dir)}"
+
+
+async def _run_manager(
+    args: argparse.Namespace,
+    task_class: type[Task],
+    backend: Backend,
+    command: dict[str, Any] | None,
+) -> None:
     manager: Manager | None = None
 
     def stats() -> WorkerStats:
@@ -314,7 +403,7 @@ async def _run_manager(args: argparse.Namespace, task_class: type[Task], backend
             return
     else:
         source = from_file = FileTaskSource(
-            run_settings_of(args, args.input, args.output),
+            run_settings_of(args, args.input, args.output, command),
             task_class,
             worker=worker,
             model=args.model,
@@ -395,7 +484,7 @@ def _endpoint(args: argparse.Namespace) -> Endpoint:
         host = f"[{args.host}]" if ":" in args.host else args.host
         url = f"http://{host}:{args.port}/v1"
     if url is None:
-        url = os.environ.get("OPENAI_BASE_URL", OPENAI_URL)
+        url = os.environ.get(BASE_URL_VARIABLE, OPENAI_URL)
     # A key goes only where it belongs: a vLLM of one's own is not shown the hosted one's.
     key = os.environ.get("VLLM_API_KEY" if args.no_launch else args.api_key_env)
     return Endpoint(url, args.model, key, args.request_timeout)

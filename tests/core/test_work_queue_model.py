@@ -32,7 +32,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from dispatcher.core.events import Event, LeaseEnded, QueueState
+from dispatcher.core.events import Event, LeaseEnded, Position, QueueState
 from dispatcher.core.work_queue import (
     CRASH,
     MAX_RETRIES_EXCEEDED,
@@ -42,7 +42,7 @@ from dispatcher.core.work_queue import (
     lease_id,
     parse_lease_id,
 )
-from dispatcher.models import Outcome
+from dispatcher.models import Outcome, StepOutcome
 
 SEED = int(os.environ.get("DISPATCHER_TEST_SEED", "20250701"))
 SEQUENCES = int(os.environ.get("DISPATCHER_TEST_SEQUENCES", "2100"))
@@ -56,6 +56,7 @@ FORGET_AFTER_S = 20 * TERM_S
 LEAST_DURATIONS = 10
 BACKUP_FACTOR = 1.5
 UNKNOWN = -1
+STEP_BYTES, ITEM_STEP_BYTES, RUN_STEP_BYTES = 12, 30, 60
 
 DONE = b'{"answer": 1}'
 ERROR = b'{"__ERROR__": {}}'
@@ -124,6 +125,8 @@ class Line:
     history: list[Ending] = field(default_factory=list)
     fresh: bool = True  # never handed out by this server
     was_solo: bool = False
+    steps: dict[Position, tuple[str, int]] = field(default_factory=dict)  # hash, bytes
+    fresh_starts: int = 0
 
     @property
     def ready(self) -> bool:
@@ -136,6 +139,14 @@ class Line:
     @property
     def solo(self) -> bool:
         return self.crashes >= CRASHES_BEFORE_SOLO
+
+    @property
+    def step_bytes(self) -> int:
+        return sum(size for _, size in self.steps.values())
+
+    def cut(self, first: Position) -> None:
+        """Forget the steps from a position on."""
+        self.steps = {at: step for at, step in self.steps.items() if at < first}
 
 
 @dataclass(eq=False)
@@ -162,7 +173,7 @@ class Model:
         self.enough_since = float("inf")
         self.input_ended = False
         self.written = 0
-        names = "issued charged crashed released returned expired"
+        names = "issued charged crashed released returned expired steps step_mismatches"
         self.counts = dict.fromkeys(names.split(), 0)
 
     # ---- what is asked of it
@@ -226,7 +237,7 @@ class Model:
     def _fill(self, ready: list[int], count: int, max_bytes: int) -> list[int]:
         given: list[int] = []
         for work_id in ready[:count]:
-            if sum(self.lines[i].size for i in given) < max_bytes:
+            if sum(self.lines[i].size + self.lines[i].step_bytes for i in given) < max_bytes:
                 given.append(work_id)
         return given
 
@@ -293,28 +304,47 @@ class Model:
 
     def settle(self, work_id: int, fate: str) -> None:
         line = self.lines[work_id]
+        met["steps of an item that got its line"] += bool(line.steps)
         line.fate = fate
         line.condemned = False
         line.held.clear()
+        line.steps.clear()
 
-    def release(self, lease: Held, charge: bool, reason: str, recalled: bool) -> None:
+    def release(
+        self,
+        lease: Held,
+        charge: bool,
+        reason: str,
+        recalled: bool,
+        keep_yields: int | None,
+        fresh_start: bool,
+    ) -> None:
         line = self.lines[lease.work_id]
+        line.fresh_starts += fresh_start
         if charge:
-            self.end(lease, "charged")
+            self.end(lease, "charged", keep_yields=keep_yields)
         elif recalled:
             met["given back because called back"] += 1
-            self.end(lease, "returned")
+            self.end(lease, "returned", keep_yields=keep_yields)
         elif reason == CRASH:
-            self.end(lease, "crashed")
+            self.end(lease, "crashed", keep_yields=keep_yields)
         elif line.releases < FREE_RELEASES:
-            self.end(lease, "released")
+            self.end(lease, "released", keep_yields=keep_yields)
         else:
             met["released too often"] += 1
-            self.end(lease, "charged")
+            self.end(lease, "charged", keep_yields=keep_yields)
 
-    def end(self, lease: Held, kind: str, vanished: bool = False) -> None:
+    def end(
+        self, lease: Held, kind: str, vanished: bool = False, keep_yields: int | None = None
+    ) -> None:
         """End a lease without a result; who pays is decided when it was the item's last."""
         line = self.lines[lease.work_id]
+        before = len(line.steps)
+        if keep_yields is not None:
+            line.cut((keep_yields, 0))
+        met["some steps kept, others dropped"] += 0 < len(line.steps) < before
+        met["steps of a lease that ended kept"] += len(line.steps) > 0
+        met["steps of a worker that vanished kept"] += len(line.steps) > 0 and vanished
         line.held.remove(lease)
         met["a crash while solo"] += kind == "crashed" and lease.solo
         met["one of two leases ended"] += bool(line.held)
@@ -368,6 +398,53 @@ class Model:
             self.counts["charged"] -= 1
             line.condemned = False
             line.paid.remove(paid)
+
+    # ---- steps
+
+    def may_record(self, work_id: int, serial: int, attempt: int) -> bool:
+        """The item's oldest live lease, in its present attempt, which is not charged yet."""
+        line = self.lines[work_id] if 0 <= work_id < len(self.lines) else None
+        if line is None or not any(lease.serial == serial for lease in line.held):
+            met["a step of a lease that is gone"] += 1
+            return False
+        met["a step of a copy"] += line.held[0].serial != serial
+        met["a step of another attempt"] += attempt != line.attempt
+        met["a step of an attempt that is charged already"] += bool(line.owed)
+        return line.held[0].serial == serial and attempt == line.attempt and not line.owed
+
+    def record(
+        self, named: tuple[int, int], attempt: int, at: Position, hash_: str, size: int
+    ) -> StepOutcome:
+        if not self.may_record(*named, attempt):
+            return StepOutcome.STALE
+        line = self.lines[named[0]]
+        known = line.steps.get(at)
+        if known is not None and known[0] == hash_:
+            met["a step recorded already"] += 1
+            return StepOutcome.ACCEPTED
+        of_run = sum(x.step_bytes for x in self.lines)
+        limits = [STEP_BYTES - size, ITEM_STEP_BYTES - line.step_bytes - size]
+        limits.append(RUN_STEP_BYTES - of_run - size)
+        if min(limits) < 0:
+            met["a step too large, for " + ("step", "item", "run")[limits.index(min(limits))]] += 1
+            return StepOutcome.FULL
+        if known is not None:
+            met["another request at a recorded place"] += 1
+            self.counts["step_mismatches"] += 1
+            line.cut(at)
+        line.steps[at] = (hash_, size)
+        self.counts["steps"] += 1
+        return StepOutcome.ACCEPTED
+
+    def cut(self, named: tuple[int, int], attempt: int, at: Position) -> StepOutcome:
+        if not self.may_record(*named, attempt):
+            return StepOutcome.STALE
+        line = self.lines[named[0]]
+        before = len(line.steps)
+        line.cut(at)
+        met["steps cut off"] += len(line.steps) < before
+        self.counts["step_mismatches"] += len(line.steps) < before
+        return StepOutcome.ACCEPTED
 
     # ---- workers and time
 
@@ -537,6 +614,11 @@ class Model:
                 "done": len(fates) - fates.count("open"),
                 "failed": buried + refused + fates.count("failed"),
                 "tombstones": {error: n for error, n in tombstones.items() if n},
+                "errors": {
+                    error: n
+                    for error, n in (tombstones | {"x": fates.count("failed")}).items()
+                    if n
+                },
             },
             "tombstoned": [
                 i for i, fate in enumerate(fates) if fate == "tombstone" and i >= self.first_open
@@ -553,6 +635,8 @@ class Model:
                     "condemned": line.condemned,
                     "leases": sorted((x.serial, x.worker, x.watched, x.solo) for x in line.held),
                     "history": sorted((x.attempt, x.worker, x.kind) for x in line.history),
+                    "steps": line.steps,
+                    "fresh_starts": line.fresh_starts,
                 }
                 for work_id, line in enumerate(self.lines)
                 if line.fate == "open"
@@ -582,6 +666,8 @@ def durable(state: QueueState) -> dict[str, Any]:
                 "condemned": item.condemned,
                 "leases": sorted((x.serial, x.worker, x.heartbeats, x.solo) for x in item.leases),
                 "history": sorted((x.attempt, x.worker, x.kind) for x in item.history),
+                "steps": {step.position: (step.hash, step.size) for step in item.steps},
+                "fresh_starts": item.fresh_starts,
             }
             for item in state.items
         },
@@ -598,6 +684,10 @@ worker_names = st.sampled_from(["a", "b", *WORKERS])
 seconds = st.sampled_from([0, 1, 2, 10, 19, 20, 29, 30, 31, 60, 100, 700])
 ENDS = ("silence", "back", "charge", "charge the copy", "stop")
 reasons = st.sampled_from(["sigterm", CRASH])
+yields_kept = st.sampled_from([None, None, 0, 1, 2])
+positions = st.tuples(st.integers(0, 2), st.integers(0, 1))
+hashes = st.sampled_from("aab")
+answer_bytes = st.sampled_from([1, 4, 6, 12, 13])
 
 
 def key(grant: Grant) -> tuple[int, int]:
@@ -617,6 +707,9 @@ class Life(RuleBasedStateMachine):
             lease_term_s=TERM_S,
             max_free_releases=FREE_RELEASES,
             history_limit=10_000,
+            step_bytes=STEP_BYTES,
+            item_step_bytes=ITEM_STEP_BYTES,
+            run_step_bytes=RUN_STEP_BYTES,
             **{"work_timeout_s": 100.0, **self.limits},
         )
         self.now = 0.0
@@ -648,6 +741,8 @@ class Life(RuleBasedStateMachine):
             assert named not in [(x, y) for _, x, y in self.grants], "a lease id is used again"
             assert (grant.offset, grant.line_bytes) == (line.offset, line.size)
             assert (grant.retries, grant.attempt) == (line.retries, line.attempt), grant
+            assert grant.fresh_starts == line.fresh_starts
+            met["handed out with steps"] += bool(line.steps)
             assert grant.solo == line.solo
             assert not grant.solo or len(grants) == 1 or line.held
             assert model.max_retries < 0 or grant.retries <= model.max_retries
@@ -723,7 +818,8 @@ class Life(RuleBasedStateMachine):
     def hand_in(self, work_id: int, serial: int | None, failed: bool = False) -> None:
         expected = self.model.finish(work_id, serial, failed, self.now)
         result = ERROR if failed else DONE
-        outcome = self.queue.finish(work_id, serial, result, failed=failed, now=self.now)
+        error = "x" if failed else ""
+        outcome = self.queue.finish(work_id, serial, result, error=error, now=self.now)
         assert outcome is expected
         self.take_events()
 
@@ -872,7 +968,7 @@ class Life(RuleBasedStateMachine):
     @rule(nths=st.lists(some, min_size=2, max_size=5))
     def finish_many(self, nths: list[int]) -> None:
         """Results come in one call, and some of them twice."""
-        arrivals = [(*self.pick(nth)[1:], DONE, False) for nth in nths]
+        arrivals = [(*self.pick(nth)[1:], DONE, "") for nth in nths]
         expected = [self.model.finish(*arrival[:2], False, self.now) for arrival in arrivals]
         assert self.queue.finish_all(arrivals, self.now) == expected
         self.take_events()
@@ -898,7 +994,7 @@ class Life(RuleBasedStateMachine):
         lease = self.model.find(work_id, serial)
         self.queue.fail(work_id, serial, "not JSON", self.now)
         if lease is not None:
-            self.model.end(lease, "charged")
+            self.model.end(lease, "charged", keep_yields=0)
         self.take_events()
 
     @rule(late=yes_or_no)
@@ -915,10 +1011,25 @@ class Life(RuleBasedStateMachine):
             self.hand_in(*key(grant))
 
     @precondition(lambda self: self.grants)
-    @rule(nth=some, named=st.sampled_from([True, True, False]), charge=yes_or_no, reason=reasons)
-    def release(self, nth: int, named: bool, charge: bool, reason: str) -> None:
+    @rule(
+        nth=some,
+        named=st.sampled_from([True, True, False]),
+        charge=yes_or_no,
+        reason=reasons,
+        keep_yields=yields_kept,
+        fresh_start=yes_or_no,
+    )
+    def release(
+        self,
+        nth: int,
+        named: bool,
+        charge: bool,
+        reason: str,
+        keep_yields: int | None,
+        fresh_start: bool,
+    ) -> None:
         _, work_id, serial = self.pick(nth)
-        self.give_back(work_id, serial if named else None, charge, reason)
+        self.give_back(work_id, serial if named else None, charge, reason, keep_yields, fresh_start)
 
     @precondition(lambda self: self.model.leases)
     @rule(nth=some, kind=st.sampled_from(["crash", "crash", "task_retry"]))
@@ -926,10 +1037,24 @@ class Life(RuleBasedStateMachine):
         lease = self.model.leases[nth % len(self.model.leases)]
         self.give_back(lease.work_id, lease.serial, kind == "task_retry", kind)
 
-    def give_back(self, work_id: int, serial: int | None, charge: bool, reason: str) -> None:
+    def give_back(
+        self,
+        work_id: int,
+        serial: int | None,
+        charge: bool,
+        reason: str,
+        keep_yields: int | None = None,
+        fresh_start: bool = False,
+    ) -> None:
         lease = self.model.find(work_id, serial)
         released = self.queue.release(
-            work_id, serial, charge=charge, reason=reason, keep_yields=None, now=self.now
+            work_id,
+            serial,
+            charge=charge,
+            reason=reason,
+            keep_yields=keep_yields,
+            fresh_start=fresh_start,
+            now=self.now,
         )
         assert released == (lease is not None)
         events = self.take_events()
@@ -938,7 +1063,89 @@ class Life(RuleBasedStateMachine):
             recalled = lease.recall == "yes"
             if lease.recall == "maybe":
                 recalled = events[0].kind == "returned"
-            self.model.release(lease, charge, reason, recalled)
+            self.model.release(lease, charge, reason, recalled, keep_yields, fresh_start)
+
+    # ---- steps
+
+    @precondition(lambda self: self.grants)
+    @rule(
+        nth=some,
+        steps=st.lists(st.tuples(positions, hashes, answer_bytes), min_size=1, max_size=4),
+        attempt=st.sampled_from([0, 0, 0, 0, -1, 1]),
+    )
+    def record_steps(self, nth: int, steps: list[tuple[Position, str, int]], attempt: int) -> None:
+        _, work_id, serial = self.pick(nth)
+        for at, hash_, size in steps:
+            self.add_step((work_id, serial), at, hash_, size, attempt)
+
+    def add_step(
+        self, named: tuple[int, int], at: Position, hash_: str, size: int, attempt: int = 0
+    ) -> None:
+        attempt += self.model.lines[named[0]].attempt
+        expected = self.model.record(named, attempt, at, hash_, size)
+        assert self.queue.record_step(*named, attempt, at, hash_, b"1" * size) is expected
+        self.take_events()
+
+    @precondition(lambda self: self.grants)
+    @rule(nth=some, at=positions, attempt=st.sampled_from([0, 0, 0, 1]))
+    def cut_steps(self, nth: int, at: Position, attempt: int) -> None:
+        _, work_id, serial = self.pick(nth)
+        self.cut_at((work_id, serial), at, attempt)
+
+    def cut_at(self, named: tuple[int, int], at: Position, attempt: int = 0) -> None:
+        attempt += self.model.lines[named[0]].attempt
+        expected = self.model.cut(named, attempt, at)
+        assert self.queue.cut_steps(*named, attempt, at) is expected
+        self.take_events()
+
+    @rule(worker=worker_names, yields=few, keep_yields=yields_kept, charge=yes_or_no)
+    def run_a_task_and_begin_it_again(
+        self, worker: str, yields: int, keep_yields: int | None, charge: bool
+    ) -> None:
+        """A task asks, a few times or once more; its lease ends, and it asks the same again."""
+        for times in (yields, yields + 1):
+            self.start_an_item(worker, 1)
+            for lease in self.model.leases_of(worker)[-1:]:
+                named = (lease.work_id, lease.serial)
+                for number in range(times):
+                    self.add_step(named, (number, 0), "a", 6)
+                self.give_back(*named, charge, "sigterm", keep_yields)
+
+    @rule(worker=worker_names, hash_=hashes, cut_at=st.none() | positions)
+    def ask_something_else_than_recorded(
+        self, worker: str, hash_: str, cut_at: Position | None
+    ) -> None:
+        self.start_an_item(worker, 1)
+        for lease in self.model.leases_of(worker)[-1:]:
+            named = (lease.work_id, lease.serial)
+            for at in [(0, 0), (1, 0), (1, 1)]:
+                self.add_step(named, at, "a", 4)
+            self.add_step(named, (1, 0), hash_, 6)
+            if cut_at is not None:
+                self.cut_at(named, cut_at)
+
+    @rule(worker=worker_names, size=answer_bytes)
+    def record_until_it_is_too_much(self, worker: str, size: int) -> None:
+        self.open_lines([10] * min(2, self.model.room))
+        self.start_an_item(worker, 3)
+        for lease in self.model.leases_of(worker)[-3:]:
+            for number in range(3):
+                self.add_step((lease.work_id, lease.serial), (number, 0), "a", size)
+
+    @rule(slow=worker_names, others=st.permutations(WORKERS), charge=yes_or_no)
+    def record_with_a_copy_beside_it(self, slow: str, others: list[str], charge: bool) -> None:
+        """Both may send steps; then the older one ends, and the copy goes on."""
+        self.start_an_item(slow, 1)
+        self.answer_some_quickly(10)
+        others = [name for name in others if name != slow]
+        self.let_live([slow, *others], moving=True)
+        copies = self.copies_for(others[0])
+        for lease in [*self.model.leases_of(slow), *self.model.leases_of(others[0])]:
+            self.add_step((lease.work_id, lease.serial), (0, 0), "a", 4)
+        for lease in self.model.leases_of(slow)[-1:]:
+            self.give_back(lease.work_id, lease.serial, charge, "sigterm")
+        for named in copies:
+            self.add_step(named, (1, 0), "b", 4)
 
     # ---- workers and time
 
@@ -1105,6 +1312,10 @@ class Life(RuleBasedStateMachine):
             assert says[part] == value, part
         assert queue.ready_count == len(model.ready)
         assert queue.may_open() == model.may_open
+        assert queue.steps.size == sum(line.step_bytes for line in model.lines) <= RUN_STEP_BYTES
+        assert len(queue.steps) == sum(bool(line.steps) for line in model.lines)
+        assert not any(line.steps for line in model.lines if line.fate != "open")
+        assert self.shadow.steps.size == queue.steps.size
         waiting = [x for x in model.lines[model.first_open :] if x.fate != "open"]
         assert queue.waiting_count == len(waiting)
         all_done = all(line.fate != "open" for line in model.lines)
@@ -1125,6 +1336,7 @@ class Life(RuleBasedStateMachine):
         restored.restore(decode_state(encoded), self.now)
         assert restored.checkpoint() == state, "a checkpoint does not tell everything"
         assert restored.ready_count == queue.ready_count
+        assert restored.steps.size == queue.steps.size
 
     def teardown(self) -> None:
         """Whatever happened, the rest of the input can be done."""
@@ -1142,6 +1354,7 @@ class Life(RuleBasedStateMachine):
                 self.hand_in(*key(grant))
         self.both_say_the_same()
         assert self.queue.is_complete
+        assert len(self.queue.steps) == self.queue.steps.size == 0
         assert self.queue.lease_ready("last", 9, self.now) == []
         known, state = self.saved[0]
         assert self.rebuilt(known, state).checkpoint() == self.queue.checkpoint()
@@ -1273,7 +1486,7 @@ def test_a_late_result_over_a_tombstone_before_the_checkpoints_first_open_line_i
 
     again = life.rebuilt(known, state)
 
-    again.finish(1, None, DONE, failed=False, now=0.0)
+    again.finish(1, None, DONE, now=0.0)
     assert again.checkpoint().counters.done == 2
     assert again.first_open == 2
 

@@ -1010,10 +1010,26 @@ def test_what_clients_made_up_does_not_spoil_the_journal(settings: RunSettings) 
                 await served.ask("GET", f"/work?batch_size=3&worker={quote(name)}")
                 stats = {"requests": 2**52}
                 await served.ask("POST", "/heartbeat", {"worker": name, "stats": stats})
-            reason = "\u2028\x00\x85" + "x" * 100_000
-            await served.ask(
-                "POST", "/release", {"items": [{"work_id": 5, "lease": "5.6", "reason": reason}]}
+            odd_steps = [
+                {"hash": "a\n", "response": "1"},
+                {"hash": "\ud800", "response": "1"},
+                {"hash": '"],', "response": "1"},
+                {"hash": "a", "response": "1]\n"},
+                {"hash": "a", "response": "\u2028"},
+                {"hash": "a", "response": '"\u2028\x7f\u0085"'},
+                {"hash": "a", "response": nested(300)},
+                {"hash": "a", "response": None, "pos": [2**30, 0]},
+            ]
+            named = {"work_id": 5, "lease": "5.6", "attempt": 1}
+            reply = await served.ask(
+                "POST",
+                "/steps",
+                {"steps": [{**named, "pos": [n, 0], **x} for n, x in enumerate(odd_steps)]},
             )
+            assert reply.json["outcomes"] == [INVALID] * 5 + [ACCEPTED] * 3
+            reason = "\u2028\x00\x85" + "x" * 100_000
+            named |= {"reason": reason, "keep_yields": 2**70, "charge": False}
+            await served.ask("POST", "/release", {"items": [named]})
             odd = [
                 {"work_id": work_id, "result": result_of(work_id), "lease": lease}
                 for work_id, lease in enumerate(odd_leases)
@@ -1023,13 +1039,28 @@ def test_what_clients_made_up_does_not_spoil_the_journal(settings: RunSettings) 
     async def go_on(served: Served) -> None:
         served.counted = {work_id: result_of(work_id) for work_id in range(5)}
         assert (await served.status())["done"] == 5
-        assert [item["work_id"] for item in await served.take(1)] == [5]
+        (item,) = await served.take(1)
+        assert item["work_id"] == 5
+        assert [step["response"] for step in item["steps"]] == ['"\u2028\x7f\u0085"', nested(300)]
 
     run(make_up())
     on_a_server(settings, go_on)
 
 
+TINY_STEP = b'{"work_id":0,"lease":"0.1","attempt":1,"pos":[%d,0],"hash":"a","response":"1"}'
+CUT = b'{"work_id":0,"lease":"0.1","attempt":1,"pos":[9999999,0],"hash":"a"}'
+
 FLOODS: dict[str, tuple[str, bytes]] = {
+    "bad steps": ("/steps", b'{"steps": [' + b"7," * (2 * MIB) + b"7]}"),
+    "tiny steps": ("/steps", b'{"steps": [%b]}' % b",".join(TINY_STEP % n for n in range(4096))),
+    "very many tiny steps": (
+        "/steps",
+        b'{"steps": [%b]}' % b",".join(TINY_STEP % n for n in range(16_384)),
+    ),
+    "tiny steps, and cuts behind them": (
+        "/steps",
+        b'{"steps": [%b]}' % b",".join([*(TINY_STEP % n for n in range(4096)), *[CUT] * 12_288]),
+    ),
     "bad items": ("/results", b'{"items": [' + b"7," * (2 * MIB) + b"7]}"),
     "unknown ids": ("/release", b'{"work_ids": [' + b"7," * (2 * MIB) + b"7]}"),
     "leases that never were": (
@@ -1046,6 +1077,7 @@ def test_a_body_of_very_many_entries_keeps_no_other_client_waiting(
     path, body = FLOODS[kind]
 
     async def scenario(served: Served) -> None:
+        assert (await served.take(1))[0]["lease"] == "0.1"
         flood = asyncio.create_task(served.ask("POST", path, body))
         longest_s = 0.0
         while not flood.done():
@@ -1064,6 +1096,18 @@ VALID_BODIES: dict[str, Any] = {
     "/results": {"items": [{"work_id": 0, "result": "{}"}]},
     "/release": {"work_ids": [0]},
     "/heartbeat": {"worker": "w", "held": {"0.1": 1}},
+    "/steps": {
+        "steps": [
+            {
+                "work_id": 0,
+                "lease": "0.1",
+                "attempt": 1,
+                "pos": [0, 0],
+                "hash": "a",
+                "response": "1",
+            }
+        ]
+    },
     "/work_timeout": {"timeout": 5},
 }
 
@@ -1159,6 +1203,15 @@ FIELDS: dict[str, tuple[tuple[str, Any], str]] = {
     "a release with a charge that is a number": (release_of(charge=0), "charge"),
     "a release with a reason that is null": (release_of(reason=None), "reason"),
     "a release with steps that are a list": (release_of(steps=[]), "steps"),
+    "a release that keeps a fraction": (release_of(keep_yields=1.5), "keep_yields"),
+    "a release that keeps a word": (release_of(keep_yields="all"), "keep_yields"),
+    "a release that keeps true": (release_of(keep_yields=True), "keep_yields"),
+    "a release that begins anew a number of times": (release_of(fresh_start=2), "fresh_start"),
+    "steps without steps": (("/steps", {"worker": "w"}), "steps"),
+    "steps that are null": (("/steps", {"steps": None}), "steps"),
+    "steps that are an object": (("/steps", {"steps": {"0": {}}}), "steps"),
+    "steps that are a string": (("/steps", {"steps": "[]"}), "steps"),
+    "20,000 steps": (("/steps", {"steps": [7] * 20_000}), "steps"),
     "a heartbeat without a worker": (("/heartbeat", {"held": {}}), "worker"),
     "a heartbeat of a worker without a name": (beat(worker=""), "worker"),
     "a heartbeat of null": (beat(worker=None), "worker"),
@@ -1395,6 +1448,16 @@ RELEASES: dict[str, tuple[Callable[[Item, Item], dict[str, Any]], int, int | Non
         1,
         0,
     ),
+    "fewer yields to keep than none": (
+        lambda i, o: {"items": [{**i, "charge": FREE, "keep_yields": -(2**70)}]},
+        1,
+        0,
+    ),
+    "more yields to keep than there can be": (
+        lambda i, o: {"items": [{**i, "charge": FREE, "keep_yields": 10**300}]},
+        1,
+        0,
+    ),
     "fields nobody knows": (lambda i, o: {"items": [{**i, "colour": "red"}], "x": 1}, 1, 1),
 }
 
@@ -1439,7 +1502,8 @@ def test_a_release_whose_reason_is_no_text_is_refused_or_freed_of_it(
 
 NO_CALLS: dict[str, tuple[str, str, int]] = {
     "a call nobody knows": ("GET", "/nothing", 404),
-    "the steps of a later protocol": ("POST", "/steps", 404),
+    "the call of a later protocol": ("POST", "/later", 404),
+    "steps by GET": ("GET", "/steps", 405),
     "a path into the file system": ("GET", "/../../etc/passwd", 404),
     "a path with a NUL": ("GET", "/work%00", 404),
     "a path with two slashes": ("GET", "//work", 404),

@@ -31,7 +31,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from dispatcher.models import HeartbeatRequest, WorkItem, WorkStatus
+from dispatcher.models import HeartbeatRequest, StepItem, StepOutcome, WorkItem, WorkStatus
 from tests.faults.oracle import Ledger, input_line, result_of
 from tests.support.processes import Server, dispatcher_server
 
@@ -142,6 +142,11 @@ ODD_TEXTS = [
     "x" * 3000, "1_0",
 ]  # fmt: skip
 
+RESPONSES = [
+    '{"text": "yes"}', '"\u20ac"', "1", "null", None, "", "NaN", "{", "1]\n", '"\ud800"',
+    "[" * 3000, "[" * 100 + "]" * 100, '"' + "x" * 10_000 + '"',
+]  # fmt: skip
+
 NAMES = ["good", "f1", "f2", "f3", "élève", "x" * 128]
 
 
@@ -157,6 +162,7 @@ def random_value(rng: Random, depth: int = 3) -> Any:
 
 def random_text(rng: Random) -> str:
     known = ["work_id", "result", "run", "lease", "items", "worker", "want", "held", "stats"]
+    known += ["steps", "pos", "hash", "response", "attempt", "keep_yields"]
     if rng.random() < 0.5:
         return rng.choice(known)
     return "".join(chr(rng.randrange(1, 0x2FF)) for _ in range(rng.randrange(12)))
@@ -190,7 +196,8 @@ class Fuzzer:
         """Return a call as a client makes it, but never with a good result of an open line."""
         return rng.choice(
             [self._work, self._results, self._results, self._results, self._release,
-             self._release, self._heartbeat, self._heartbeat, self._work_timeout, self._page]
+             self._release, self._heartbeat, self._heartbeat, self._steps, self._steps,
+             self._work_timeout, self._page]
         )(rng)  # fmt: skip
 
     def _work(self, rng: Random) -> Call:
@@ -232,7 +239,7 @@ class Fuzzer:
         for _ in range(rng.randrange(4)):
             work_id = rng.randrange(LINES)
             reason = rng.choice(["crash", "sigterm", "x" * 600])
-            charge, steps = rng.random() < 0.5, rng.choice(["keep", "drop"])
+            charge, steps = rng.random() < 0.5, rng.choice(["keep", "keep", "drop"])
             lease = self._lease(rng, work_id)
             items.append(
                 {
@@ -241,9 +248,32 @@ class Fuzzer:
                     "charge": charge,
                     "reason": reason,
                     "steps": steps,
+                    "keep_yields": rng.choice([None, None, None, 1, 2]),
                 }
             )
         return Call("POST", "/release", body={"items": items})
+
+    def _steps(self, rng: Random) -> Call:
+        body: dict[str, Any] = {"steps": [self._step(rng) for _ in range(rng.randrange(6))]}
+        if rng.random() < 0.3:
+            body["worker"] = rng.choice(NAMES)
+        return Call("POST", "/steps", body=body)
+
+    def _step(self, rng: Random) -> dict[str, Any]:
+        """Return a step, a right one where it guesses a live lease and its attempt."""
+        work_id = rng.randrange(-2, LINES + 2)
+        step = {
+            "work_id": work_id,
+            "lease": self._lease(rng, work_id),
+            "attempt": rng.choice([1, 1, 2, 3]),
+            "pos": [rng.randrange(3), rng.randrange(2)],
+            "hash": rng.choice(["a", "0f" * 8, "f" * 64]),
+            "response": rng.choice(RESPONSES),
+            "run": rng.choice([self._run, self._run, None, "0123456789abcdef"]),
+        }
+        if rng.random() < 0.2:
+            del step[rng.choice(sorted(step))]
+        return step
 
     def _heartbeat(self, rng: Random) -> Call:
         held = {
@@ -845,7 +875,8 @@ def judge(reply: Reply) -> None:
     value = json.loads(reply.body)
     if reply.status >= 400:
         require(value.keys() == {"status", "message"}, f"a refusal without a sentence: {shown}")
-    require("accepted" not in value.get("outcomes", ()), f"a result was taken: {shown}")
+    taken = "accepted" in value.get("outcomes", ()) and "recording" not in value
+    require(not taken, f"a result was taken: {shown}")
 
 
 class Line:
@@ -920,6 +951,7 @@ class GoodClient:
         self._client = server.client("good")
         self._nonce = 0
         self.complete = False
+        self.steps_taken = 0
         self.problems: list[str] = []
 
     def work(self, count: int) -> int:
@@ -935,6 +967,7 @@ class GoodClient:
         held = {str(item.lease): 1 for item in items}
         beat = self._client.heartbeat(HeartbeatRequest("good", held))
         self._expect(beat.status is WorkStatus.OK, f"heartbeat: {beat}")
+        self._record_a_step_of(items)
         for item in items:
             self._ledger.note_grant(item.work_id, item.content, item.retry_count, item.attempt)
             self._nonce += 1
@@ -943,6 +976,20 @@ class GoodClient:
         self._expect(set(reply.outcomes) <= {"accepted", "duplicate"}, f"results: {reply}")
         for item, outcome in zip(items, reply.outcomes, strict=True):
             self._ledger.note_outcome(item.work_id, str(item.result), outcome)
+
+    def _record_a_step_of(self, items: list[WorkItem]) -> None:
+        """Only what was recorded for these leases, or by whoever guessed them, comes back."""
+        steps = [
+            StepItem(x.work_id, str(x.lease), x.attempt, (9, n), "good", "1", x.run)
+            for n, x in enumerate(items)
+        ]
+        reply = self._client.record_steps(steps)
+        known = {StepOutcome.ACCEPTED, StepOutcome.STALE}
+        self._expect(set(reply.outcomes) <= known and reply.recording, f"steps: {reply}")
+        self.steps_taken += reply.outcomes.count(StepOutcome.ACCEPTED)
+        carried = [step for item in items for step in item.steps or []]
+        odd = [x for x in carried if x.hash != "good" and x.response not in RESPONSES]
+        self._expect(not odd, f"steps that nobody recorded: {odd}")
 
     def _expect(self, holds: bool, what: str) -> None:
         if not holds:
@@ -1060,6 +1107,8 @@ def test_ten_thousand_wrong_requests_harm_neither_the_server_nor_the_run(tmp_pat
         code = server.process.wait()
     said = server.process.output
     problems = seen.problems + client.problems + judged(ledger, tmp_path)
+    print(f"{client.steps_taken} steps of the well-behaved client recorded")
+    assert client.steps_taken >= EARLY
     print(f"{seen.fired} requests, {dict(sorted(seen.statuses.items()))}, {len(problems)} problems")
     print("resident MiB:", *(f"{k} {v >> 20}" for k, v in [*before.items(), *after.items()]))
     assert not problems, f"{len(problems)} problems, the first:\n" + "\n".join(problems[:5])

@@ -24,7 +24,7 @@ import pytest
 import yaml
 
 from dispatcher.config import RunSettings
-from dispatcher.core.events import Finished, QueueState
+from dispatcher.core.events import Finished, Position, QueueState
 from dispatcher.core.work_queue import MAX_RETRIES_EXCEEDED, QueuePolicy, WorkQueue
 from dispatcher.core.workers import PROGRESS_UNKNOWN
 from dispatcher.errors import CorruptJournalError, DispatcherError, StateError, StorageFullError
@@ -46,6 +46,10 @@ STALLED = {5: 26, 33: 200}
 """Lines whose result comes late, by batch, so that most others wait behind them."""
 
 
+Steps = dict[tuple[int, Position], tuple[str, bytes]]
+"""Hash and answer of every recorded step, by line and position."""
+
+
 @dataclass(frozen=True)
 class Point:
     """What the run was told to be, from operation `began` on; it was acknowledged at `told`."""
@@ -54,6 +58,7 @@ class Point:
     told: int
     state: QueueState
     results: dict[int, bytes]
+    steps: Steps
 
 
 @dataclass
@@ -82,9 +87,35 @@ class Drive:
         self.run = open_run(settings, disk, epoch, now=0.0)
         self.queue = self.run.queue
         self.results: dict[int, bytes] = {}
+        self.steps: Steps = {}
 
     def close(self) -> None:
         self.run.writer.close()
+
+    def stored_steps(self) -> Steps:
+        """Read back what would be handed out with the open items."""
+        found = self.run.writer.read_steps(self.queue.items)
+        return {(n, at): step for n, steps in found.items() for at, step in steps.items()}
+
+    def void_steps(self, work_id: int, first: Position = (0, 0)) -> None:
+        """From this position on nothing is recorded any more."""
+        self.steps = {(n, at): s for (n, at), s in self.steps.items() if n != work_id or at < first}
+
+    def record(self, work_id: int, at: Position, hash_: str, answer: bytes) -> None:
+        """Keep a step as the item's oldest lease; the same request again changes nothing."""
+        item = self.queue.items[work_id]
+        about = (work_id, item.leases[0].serial, item.attempt, at)
+        if self.queue.record_step(*about, hash_, answer) == "accepted":
+            known = self.steps.get((work_id, at))
+            if known is None or known[0] != hash_:
+                if known is not None:
+                    self.void_steps(work_id, at)
+                self.steps[work_id, at] = (hash_, answer)
+
+    def cut(self, work_id: int, at: Position) -> None:
+        item = self.queue.items[work_id]
+        if self.queue.cut_steps(work_id, item.leases[0].serial, item.attempt, at) == "accepted":
+            self.void_steps(work_id, at)
 
     def open_lines(self, count: int) -> None:
         lines = self.run.source.scan(self.queue.next_offset, count, 1 << 20)
@@ -101,13 +132,15 @@ class Drive:
 
     def finish(self, work_id: int, serial: int | None, nonce: str) -> None:
         result = result_line(work_id, nonce)
-        if self.queue.finish(work_id, serial, result, failed=False, now=0.0) == "accepted":
+        if self.queue.finish(work_id, serial, result, now=0.0) == "accepted":
             self.results[work_id] = result
+            self.void_steps(work_id)
 
     def finish_all(self, nonce: str) -> None:
         results = {work_id: result_line(work_id, nonce) for work_id in self.queue.items}
-        self.queue.finish_all([(n, None, result, False) for n, result in results.items()], 0.0)
+        self.queue.finish_all([(n, None, result, "") for n, result in results.items()], 0.0)
         self.results |= results
+        self.steps.clear()
 
     def bury_condemned(self) -> None:
         for work_id in self.queue.condemned_ids():
@@ -115,6 +148,7 @@ class Drive:
             result = msgspec.json.encode({"__ERROR__": error})
             self.queue.tombstone(work_id, MAX_RETRIES_EXCEEDED, result, now=0.0)
             self.results[work_id] = result
+            self.void_steps(work_id)
 
     def next_batch(self, *, sync: bool = False) -> Batch:
         batch = Batch()
@@ -166,13 +200,14 @@ class Scenario:
 
     def _start(self, epoch: int) -> None:
         began = len(self.disk.operations)
-        results = self.drive.results if epoch > 1 else {}
+        results, steps = (self.drive.results, self.drive.steps) if epoch > 1 else ({}, {})
         self.drive = Drive(self.settings, self.disk, epoch)
-        self.drive.results = results
+        self.drive.results, self.drive.steps = results, steps
         if epoch == 1:
             self._note(began)
         else:
             assert same(self.drive.queue.checkpoint(), self.history.points[-1].state)
+            assert self.drive.stored_steps() == steps
 
     def restart(self, epoch: int, *, cleanly: bool) -> None:
         if cleanly:
@@ -181,10 +216,10 @@ class Scenario:
 
     def _note(self, began: int) -> None:
         drive = self.drive
-        point = Point(
-            began, len(self.disk.operations), drive.queue.checkpoint(), dict(drive.results)
+        told, state = len(self.disk.operations), drive.queue.checkpoint()
+        self.history.points.append(
+            Point(began, told, state, dict(drive.results), dict(drive.steps))
         )
-        self.history.points.append(point)
 
     def commit(self) -> None:
         self.batches += 1
@@ -197,7 +232,7 @@ class Scenario:
     def fail_to_commit(self, word: str) -> None:
         """The disk is full: the batch is undone, as the service does it."""
         drive, rng = self.drive, self.rng
-        results = dict(drive.results)
+        results, steps = dict(drive.results), dict(drive.steps)
         self.act(rng)
         self.disk.fail = {word: errno.ENOSPC}
         with pytest.raises(StorageFullError):
@@ -205,10 +240,11 @@ class Scenario:
         self.disk.fail = {}
         recovered = drive.run.writer.read_journal(POLICY, 0.0)
         assert recovered is not None
-        drive.queue, drive.results = recovered.queue, results
+        drive.queue, drive.results, drive.steps = recovered.queue, results, steps
         drive.queue.note_written(drive.run.writer.output.written)
         self.leases = [(x.work_id, x.serial) for x in drive.queue.leases.values()]
         assert same(drive.queue.checkpoint(), self.history.points[-1].state)
+        assert drive.stored_steps() == steps
         self.seen["full disk"] += 1
 
     def act(self, rng: random.Random) -> None:
@@ -217,6 +253,7 @@ class Scenario:
             drive.open_lines(rng.randrange(1, 5))
         self.leases += drive.lease(rng.choice("ab"), rng.randrange(1, 4))
         rng.shuffle(self.leases)
+        self.record_some(rng)
         for _ in range(min(len(self.leases), rng.randrange(1, 4))):
             work_id, serial = self.leases.pop()
             kind = rng.choice(["finished"] * 6 + ["released", "charged", "charged", "crashed"])
@@ -226,17 +263,33 @@ class Scenario:
                 drive.finish(work_id, serial, f"batch {self.batches}")
             elif kind == "charged":
                 queue.fail(work_id, serial, "not JSON", now=0.0)
+                drive.void_steps(work_id)
             else:
                 reason = "crash" if kind == "crashed" else "preempted"
+                kept = rng.choice([None, None, None, 1])
                 queue.release(
-                    work_id, serial, charge=False, reason=reason, keep_yields=None, now=0.0
+                    work_id, serial, charge=False, reason=reason, keep_yields=kept, now=0.0
                 )
+                if kept is not None:
+                    drive.void_steps(work_id, (kept, 0))
             self.seen[kind] += 1
         self.seen["tombstones"] += len(queue.condemned_ids())
         drive.bury_condemned()
         if rng.random() < 0.2 and (buried := queue.checkpoint().tombstoned):
             drive.finish(buried[0], None, f"late {self.batches}")
             self.seen["late results"] += 1
+
+    def record_some(self, rng: random.Random) -> None:
+        """Some leased items report steps; now and then one asks something else than before."""
+        counters = self.drive.queue.counters
+        for work_id, _ in self.leases[:2]:
+            for _ in range(rng.randrange(3)):
+                at = (rng.randrange(3), rng.randrange(2))
+                answer = msgspec.json.encode({"id": work_id, "a": "\u20ac" * rng.randrange(9)})
+                self.drive.record(work_id, at, rng.choice("aab"), answer)
+            if rng.random() < 0.1:
+                self.drive.cut(work_id, (1, 0))
+        self.seen["steps"], self.seen["mismatches"] = counters.steps, counters.step_mismatches
 
     def live(self) -> None:
         """Go through the whole life of the run."""
@@ -276,7 +329,7 @@ class Judge:
         self.settings = settings
         self.history = history
         self.states = 0
-        self._known: dict[int, tuple[QueueState, bytes]] = {}
+        self._known: dict[int, tuple[QueueState, Steps, bytes]] = {}
 
     def problem(self, count: int, image: Image, history: History | None = None) -> str | None:
         """Return what is wrong with the run after a crash behind operation `count`."""
@@ -285,13 +338,15 @@ class Judge:
             key = image_key(image)
             if key not in self._known:
                 self._known[key] = self._reopen(image)
-            state, output = self._known[key]
+            state, steps, output = self._known[key]
         except (DispatcherError, AssertionError, LookupError, ValueError, OSError) as error:
             return f"{type(error).__name__}: {error}"
         candidates = (history or self.history).candidates(count)
         point = next((p for p in candidates if same(p.state, state)), None)
         if point is None:
             return f"the queue is in none of {len(candidates)} states it may be in: {state}"
+        if steps != point.steps:
+            return f"the steps {steps} are handed out, not those recorded by then: {point.steps}"
         wanted = [point.results.get(n) or result_line(n, "afterwards") for n in range(len(LINES))]
         if output != b"\n".join(wanted) + b"\n":
             return f"the output is not the one of the results acknowledged by then: {output!r}"
@@ -302,21 +357,24 @@ class Judge:
         """How many different contents of the disk were opened."""
         return len(self._known)
 
-    def _reopen(self, image: Image) -> tuple[QueueState, bytes]:
-        """Open the run twice, finish it; return the queue's state and the finished output."""
+    def _reopen(self, image: Image) -> tuple[QueueState, Steps, bytes]:
+        """Open the run twice, finish it; return state, recorded steps and finished output."""
         disk = RecordingDisk(image)
         drive = Drive(self.settings, disk, epoch=50)
         if drive.run.is_complete:
             drive.close()
-            return self.history.points[-1].state, image[str(self.settings.outfile)]
+            last = self.history.points[-1]
+            return last.state, last.steps, image[str(self.settings.outfile)]
         state = drive.queue.checkpoint()
         assert all(x.progress == PROGRESS_UNKNOWN for x in drive.queue.leases.values())
         output = disk.image()[str(self.settings.outfile)]
         assert output.count(b"\n") == drive.run.writer.output.written <= state.first_open
+        steps = drive.stored_steps()
         drive.close()
 
         drive = Drive(self.settings, disk, epoch=51)
         assert same(drive.queue.checkpoint(), state), "a second start finds something else"
+        assert drive.stored_steps() == steps, "a second start finds other steps"
         assert disk.image()[str(self.settings.outfile)] == output
         finished = drive.finish_everything("afterwards")
         assert finished.startswith(output)
@@ -324,7 +382,7 @@ class Judge:
         assert not disk.open_files
         if self.states % 16 == 0:
             assert not Ledger(POLICY.max_retries).problems(LINES, finished)
-        return state, finished
+        return state, steps, finished
 
 
 @pytest.fixture(autouse=True)
@@ -405,6 +463,8 @@ def test_a_life_holds_everything_a_run_does(settings: RunSettings) -> None:
     assert len({n for n in names if n.endswith(".waiting")}) >= 4
     assert {n[9:15] for n in names if n.endswith(".journal")} == {"000001", "000002", "000003"}
     assert max(p.state.next_work_id - p.state.first_open for p in scenario.history.points) > 30
+    assert max(len(p.steps) for p in scenario.history.points) > 5
+    assert scenario.seen["steps"] > 40
     output = scenario.disk.image()[str(settings.outfile)]
     assert not Ledger(POLICY.max_retries).problems(LINES, output)
     assert not [path for path in scenario.disk.image() if path.endswith((".journal", ".waiting"))]
@@ -461,14 +521,15 @@ def test_a_power_failure_after_a_killed_process_was_started_again_loses_nothing(
             continue
         state = drive.queue.checkpoint()
         before = next(p for p in history.candidates(killed) if same(p.state, state))
-        history.points.append(Point(killed, len(disk.operations), state, before.results))
+        told = len(disk.operations)
+        history.points.append(Point(killed, told, state, before.results, before.steps))
         for _ in range(3):
             began = len(disk.operations)
             drive.open_lines(3)
             drive.finish_all("after the kill")
             drive.run.writer.write(drive.next_batch(sync=True))
             told, results = len(disk.operations), before.results | drive.results
-            history.points.append(Point(began, told, drive.queue.checkpoint(), results))
+            history.points.append(Point(began, told, drive.queue.checkpoint(), results, {}))
         for count, image in disk.crashes(rng, first=killed + 1, most=5):
             if (problem := judge.problem(count, image, history)) is not None:
                 problems.append(f"killed behind {killed}, crash behind {count}: {problem}")
@@ -531,7 +592,7 @@ def filled(before: int, frames: int) -> Filled:
 
 
 def result_record(work_id: int) -> Finished:
-    return Finished([work_id], [work_id], [], [msgspec.Raw(b"%d" % work_id)])
+    return Finished([work_id], [work_id], {}, [msgspec.Raw(b"%d" % work_id)])
 
 
 def replayed(disk: RecordingDisk) -> tuple[Journal, list[int]]:

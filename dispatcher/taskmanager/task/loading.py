@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from dispatcher.config import absolute_spec
 from dispatcher.errors import TaskLoadError
 from dispatcher.taskmanager.task.base import Task
 
@@ -60,12 +61,35 @@ def find_task(spec: str) -> type[Task]:
     return found
 
 
-def parse_task_args(pairs: Sequence[str], file: Path | None) -> dict[str, Any]:
+def describe_task(spec: str, task_class: type[Task], args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what run.yaml keeps of a task, by which a changed one is told.
+
+    `sha256` is that of the file which defines the class; None where there is no such file.
+    """
+    file = getattr(sys.modules.get(task_class.__module__), "__file__", None)
+    path = Path(file).absolute() if file else None
+    try:
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path is not None else None
+    except OSError:
+        digest = None
+    return {
+        "spec": absolute_spec(spec),
+        "class": task_class.__qualname__,
+        "file": str(path) if path is not None else None,
+        "sha256": digest,
+        "args": dict(args),
+    }
+
+
+def parse_task_args(
+    pairs: Sequence[str], file: Path | None, before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Read `--task-args FILE` (YAML or JSON), then `--task-arg KEY=VALUE`, which wins.
 
-    Values are read as YAML: `3` is a number, `true` a truth value, `abc` a string.
+    Values are read as YAML: `3` is a number, `true` a truth value, `abc` a string. `before` are
+    those that a resumed run has, over which these win.
     """
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = dict(before or {})
     if file is not None:
         try:
             content = yaml.safe_load(file.read_text("utf-8"))
