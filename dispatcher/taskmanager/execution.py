@@ -81,6 +81,8 @@ class Attempt:
 
     def _answer(self, responses: Sequence[Response]) -> Step:
         assert self.task is not None
+        if self._log is not None:
+            self._log.taken += len(responses)
         for response in responses:
             self._unanswered -= 1
             self.task.process_result(response)

@@ -1,33 +1,77 @@
 """Hands the steps of running items to the server, shortly after they happened, many in one call.
 
-A step waits a moment before it is sent: when its item ends in that time, it was the item's last
-and nobody needs it. So a task with a single request is never recorded.
+A step is sent when its task has more to do: when it asked again, or waits for other answers, or
+has been computing for a moment. When its item ends before that, it was the item's last and nobody
+needs it. Once many items have ended so, and none has asked twice, answers are not even kept: a
+task with a single request costs nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from dataclasses import dataclass
 
 from dispatcher.errors import DispatcherError
 from dispatcher.models import StepItem, StepOutcome, StepsResponse, WorkItem, WorkStatus
 from dispatcher.taskmanager.backend.request import Response
-from dispatcher.taskmanager.steps import Asked, Position, response_text
+from dispatcher.taskmanager.steps import Asked, Position, StepLog, response_text
 
 HOLD_S = 0.05
-"""How long a step waits at least before it is sent; about 150 ms at most."""
+"""How long a step waits at least before it is sent, and its task computes; about 200 ms at most."""
+
+LONGEST_HOLD_S = 0.15
+"""How long a step waits at most for a thread to run its task on, if tasks are known to ask more."""
+
+LONGEST_FIRST_HOLD_S = 2.0
+"""The same as long as no task has asked a second time."""
 
 STEP_BYTES = 1 << 20
 """A larger answer is not recorded, and nothing of its item after it."""
 
 _TICK_S = 0.1
 _TRY_AGAIN_S = 0.25
+_LONGEST_PAUSE_S = 2.0
 _CALL_STEPS = 4096
 _CALL_CHARACTERS = 8 << 20
 _WAITING_CHARACTERS = 64 << 20
+_CHARACTERS_BESIDE = 512  # what a step costs in memory beside its answer
+_ITEMS_TO_BE_SURE = 64
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _Waiting:
+    """A step that is not on the server yet.
+
+    It was the `number`-th of its attempt that the model answered, and `answered` of the task's
+    requests had an answer then. `computing_since` is when its task was first seen at work with it.
+    """
+
+    step: StepItem
+    log: StepLog
+    happened_at: float
+    answered: int
+    number: int
+    computing_since: float | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.step.response or "") + _CHARACTERS_BESIDE
+
+    def is_due(self, now: float, longest_hold_s: float) -> bool:
+        if self.computing_since is None and self.log.taken >= self.number:
+            self.computing_since = now
+        waited_s = now - self.happened_at
+        if waited_s < HOLD_S:
+            return False
+        if self.step.response is None or self.log.asked > self.answered:
+            return True
+        if self.computing_since is None:
+            return waited_s >= longest_hold_s
+        return now - self.computing_since >= HOLD_S
 
 
 class StepRecorder:
@@ -35,75 +79,90 @@ class StepRecorder:
 
     def __init__(self, send: Callable[[list[StepItem]], Awaitable[StepsResponse]]) -> None:
         self._send = send
-        # By lease, in the order they happened, with the time at which each did.
-        self._waiting: dict[str, list[tuple[float, StepItem]]] = {}
-        self._characters = 0
-        # Leases of which the server takes, or could use, no more.
-        self._closed: set[str] = set()
+        # By lease, in the order they happened.
+        self._waiting: dict[str, list[_Waiting]] = {}
+        self._size = 0
         self._something = asyncio.Event()
         self._one_call = asyncio.Lock()
+        # What is known of this worker's tasks: did one ask twice, how many ended without.
+        self._tasks_ask_again = False
+        self._ended_at_once = 0
         self.is_on = True
 
     # ---------------------------------------------------------------- what happens to items
 
-    def offer(self, item: WorkItem, asked: Asked, response: Response) -> None:
+    def offer(self, item: WorkItem, log_: StepLog, asked: Asked, response: Response) -> None:
         """A request of a running item was answered."""
-        lease = item.lease
-        if not self.is_on or lease is None or lease in self._closed:
+        log_.answered += 1
+        if log_.asked > 1:
+            self._tasks_ask_again = True
+        elif not self._tasks_ask_again and self._ended_at_once >= _ITEMS_TO_BE_SURE:
+            log_.is_open = False
+        if not self.is_on or item.lease is None or not log_.is_open:
             return
-        text = response_text(response) if asked.hash is not None else None
-        if text is None or len(text) > STEP_BYTES or self._characters > _WAITING_CHARACTERS:
+        text = response_text(response, STEP_BYTES) if asked.hash is not None else None
+        if text is None or self._size > _WAITING_CHARACTERS:
             # What is recorded stays a beginning: nothing may follow what is left out.
-            self._closed.add(lease)
+            log_.is_open = False
             return
-        self._add(_step(item, asked.position, asked.hash or "", text))
+        self._add(_step(item, asked.position, asked.hash or "", text), log_)
 
-    def cut(self, item: WorkItem, position: Position) -> None:
+    def cut(self, item: WorkItem, log_: StepLog, position: Position) -> None:
         """The item's task asks something else than recorded, from this position on."""
         if self.is_on and item.lease is not None:
-            self._add(_step(item, position, "0", None))
+            self._add(_step(item, position, log_.void_hash or "0", None), log_)
 
     def forget(self, item: WorkItem, keep_yields: int | None = 0) -> None:
         """The item's lease ends: only steps of its first `keep_yields` yields (None: all) count.
 
         That a task asked something else than recorded is told in any case.
         """
-        lease = item.lease or ""
-        self._closed.discard(lease)
-        if keep_yields is None or lease not in self._waiting:
+        if keep_yields is None or (waiting := self._waiting.get(item.lease or "")) is None:
             return
-        gone = [
-            step
-            for _, step in self._waiting[lease]
-            if step.pos[0] >= keep_yields and step.response is not None
-        ]
-        self._remove(gone)
+        self._remove(
+            [w for w in waiting if w.step.response is not None and w.step.pos[0] >= keep_yields]
+        )
 
-    def is_waiting_for(self, leases: set[str | None]) -> bool:
+    def note_end(self, log_: StepLog) -> None:
+        """An item has its result."""
+        self._ended_at_once += log_.asked <= 1
+
+    def is_waiting_for(self, leases: Iterable[str | None]) -> bool:
         """Say whether steps of these leases must be sent before the leases end."""
-        return not self._waiting.keys().isdisjoint(leases)
+        return bool(self._waiting) and not self._waiting.keys().isdisjoint(leases)
 
     # ---------------------------------------------------------------- sending
 
     async def run(self) -> None:
         """Send what is due, for ever."""
+        pause_s = 0.0
         while True:
             await self._something.wait()
-            await asyncio.sleep(_TICK_S)
-            if not await self._deliver(asyncio.get_running_loop().time() - HOLD_S):
-                await asyncio.sleep(_TRY_AGAIN_S)
+            await asyncio.sleep(_TICK_S + pause_s)
+            away = not await self._send_due()
+            pause_s = min(max(_TRY_AGAIN_S, 2 * pause_s), _LONGEST_PAUSE_S) if away else 0.0
             if not self._waiting:
                 self._something.clear()
 
-    async def flush(self) -> bool:
-        """Send everything now; False when the server cannot be reached."""
-        return await self._deliver(float("inf"))
+    async def _send_due(self) -> bool:
+        now = asyncio.get_running_loop().time()
+        hold_s = LONGEST_HOLD_S if self._tasks_ask_again else LONGEST_FIRST_HOLD_S
+        return await self._deliver(lambda waiting: waiting.is_due(now, hold_s))
 
-    async def _deliver(self, happened_before: float) -> bool:
+    async def flush(self, leases: Collection[str | None] | None = None) -> bool:
+        """Send what there is now of these leases, or of all; False when the server is away."""
+        now = asyncio.get_running_loop().time()
+        return await self._deliver(
+            lambda waiting: (
+                waiting.happened_at <= now and (leases is None or waiting.step.lease in leases)
+            )
+        )
+
+    async def _deliver(self, is_due: Callable[[_Waiting], bool]) -> bool:
         async with self._one_call:
-            while batch := self._due(happened_before):
+            while batch := self._due(is_due):
                 try:
-                    reply = await self._send(batch)
+                    reply = await self._send([waiting.step for waiting in batch])
                 except DispatcherError as error:
                     # The calls that matter will fail, too, and say so; without this one, items
                     # are only begun anew.
@@ -114,52 +173,52 @@ class StepRecorder:
                 self._take_reply(batch, reply)
         return True
 
-    def _due(self, happened_before: float) -> list[StepItem]:
-        batch: list[StepItem] = []
-        characters = 0
-        for steps in self._waiting.values():
-            for happened_at, step in steps:
-                if happened_at > happened_before or len(batch) == _CALL_STEPS:
-                    break
-                if batch and characters > _CALL_CHARACTERS:
+    def _due(self, is_due: Callable[[_Waiting], bool]) -> list[_Waiting]:
+        batch: list[_Waiting] = []
+        size = 0
+        for of_lease in self._waiting.values():
+            for waiting in of_lease:
+                if len(batch) == _CALL_STEPS or size > _CALL_CHARACTERS:
                     return batch
-                batch.append(step)
-                characters += len(step.response or "")
+                if not is_due(waiting):
+                    break
+                batch.append(waiting)
+                size += waiting.size
         return batch
 
-    def _take_reply(self, batch: list[StepItem], reply: StepsResponse) -> None:
+    def _take_reply(self, batch: list[_Waiting], reply: StepsResponse) -> None:
         self._remove(batch)
         if not reply.recording:
             self._turn_off(None)
             return
-        for step, outcome in zip(batch, reply.outcomes, strict=False):
+        for waiting, outcome in zip(batch, reply.outcomes, strict=False):
+            step = waiting.step
             if outcome is not StepOutcome.ACCEPTED and step.response is not None:
-                self._closed.add(step.lease)
-                self._remove([s for _, s in self._waiting.get(step.lease, []) if s.response])
+                waiting.log.is_open = False
+                self._remove([w for w in self._waiting.get(step.lease, []) if w.step.response])
 
     # ---------------------------------------------------------------- inside
 
-    def _add(self, step: StepItem) -> None:
+    def _add(self, step: StepItem, log_: StepLog) -> None:
         now = asyncio.get_running_loop().time()
-        self._waiting.setdefault(step.lease, []).append((now, step))
-        self._characters += len(step.response or "")
+        waiting = _Waiting(step, log_, now, log_.replayed + log_.answered, log_.answered)
+        self._waiting.setdefault(step.lease, []).append(waiting)
+        self._size += waiting.size
         self._something.set()
 
-    def _remove(self, gone: list[StepItem]) -> None:
-        ids = {id(step) for step in gone}
-        for lease in {step.lease for step in gone} & self._waiting.keys():
-            steps = self._waiting.pop(lease)
-            kept = [(at, step) for at, step in steps if id(step) not in ids]
+    def _remove(self, gone: list[_Waiting]) -> None:
+        ids = {id(waiting) for waiting in gone}
+        for lease in dict.fromkeys(waiting.step.lease for waiting in gone):
+            before = self._waiting.pop(lease, [])
+            kept = [waiting for waiting in before if id(waiting) not in ids]
             if kept:
                 self._waiting[lease] = kept
-            removed = [step for _, step in steps if id(step) in ids]
-            self._characters -= sum(len(step.response or "") for step in removed)
+            self._size -= sum(w.size for w in before) - sum(w.size for w in kept)
 
     def _turn_off(self, why: str | None) -> None:
         self.is_on = False
         self._waiting.clear()
-        self._closed.clear()
-        self._characters = 0
+        self._size = 0
         if why is not None:
             log.warning("%s", why)
 

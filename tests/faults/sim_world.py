@@ -29,6 +29,9 @@ from dispatcher.models import (
     ReleaseItem,
     ReleaseWorkResponse,
     ResultItem,
+    StepItem,
+    StepOutcome,
+    StepsResponse,
     WorkerStats,
     WorkItem,
     WorkStatus,
@@ -36,12 +39,14 @@ from dispatcher.models import (
 from dispatcher.service import DispatchService
 from dispatcher.storage.journal import JOURNAL_DIR
 from dispatcher.storage.ownership import OWNERS_DIR, Ownership
-from dispatcher.taskmanager.execution import Answered, Raised, WantsRetry
+from dispatcher.taskmanager.execution import Answered, Attempt, Raised, WantsRetry
+from dispatcher.taskmanager.steps import Asked
 from dispatcher.taskmanager.tasksource.base import Assignment
 from dispatcher.taskmanager.tasksource.leased import LeasedSource
 from tests.faults.oracle import Ledger, result_of
 from tests.faults.sim_disk import ProcessFiles, SimDisk, SimLocks, identity_of
 from tests.faults.sim_loop import Process, SteppedThread, VirtualThread, until
+from tests.faults.sim_steps import SimTask, StepLedger, yields_of
 
 CALL_TIMEOUT_S = 60.0
 HEARTBEAT_TIMEOUT_S = 10.0
@@ -61,6 +66,7 @@ class Conduct:
     retry: float = 0.0
     raises: float = 0.0
     sits: float = 0.0
+    rewords: float = 0.0
     lost_request: float = 0.0
     lost_reply: float = 0.0
     twice: float = 0.0
@@ -95,6 +101,10 @@ class World:
     told_done: dict[int, float] = field(default_factory=dict)
     acknowledging_epoch: int = 0
     final_status: dict[str, Any] = field(default_factory=dict)
+    steps: StepLedger = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.steps = StepLedger(self.complain, self.counts, lambda: self.now)
 
     @property
     def now(self) -> float:
@@ -135,6 +145,7 @@ class World:
                 self.complain(f"lease {item.lease} was given twice")
             if item.lease is not None:
                 self.granted_at[item.lease] = self.now
+                self.steps.note_granted(item, asked_at)
             if self.told_done.get(number, asked_at) < asked_at:
                 self.complain(f"item {number} was done and was handed out again")
             if self.nobody_pays and (item.retry_count, item.attempt) != (0, 1):
@@ -433,13 +444,15 @@ def _tells_state(value: Any) -> bool:
     match value:
         case BatchWorkResponse(items=items):
             return bool(items)
+        case StepsResponse(outcomes=outcomes):
+            return StepOutcome.ACCEPTED in outcomes
         case (outcomes, work):
             return Outcome.ACCEPTED in outcomes or (work is not None and bool(work.items))
     return False
 
 
 class SimLink:
-    """The four calls of a worker, over the simulated network; see tasksource/leased.py, Link."""
+    """The calls of a worker, over the simulated network; see tasksource/leased.py, Link."""
 
     def __init__(self, world: World, client: Worker | OldClient, name: str) -> None:
         self._world, self._client, self._name = world, client, name
@@ -476,9 +489,11 @@ class SimLink:
                     world.complain(f"item {item.work_id} is open, its result was no duplicate")
             return outcomes, work
 
+        voiding = world.steps.note_results(results)
         reply = await self._call(submit, CALL_TIMEOUT_S)
         if reply is None:
             return BatchResultResponse(WorkStatus.SERVER_UNAVAILABLE)
+        world.steps.note_reply(voiding)
         outcomes, work = reply
         world.note_outcomes(results, outcomes)
         if work is not None:
@@ -490,12 +505,28 @@ class SimLink:
         self, work_ids: Iterable[int] = (), items: Iterable[ReleaseItem] = ()
     ) -> ReleaseWorkResponse:
         released = list(items)
+        voiding = self._world.steps.note_releasing(released)
         reply = await self._call(lambda service: service.release(released), CALL_TIMEOUT_S)
         if reply is None:
             return ReleaseWorkResponse(WorkStatus.SERVER_UNAVAILABLE)
+        self._world.steps.note_reply(voiding)
         if reply == len(released):
             self._world.charges.update(item.work_id for item in released if item.charge)
         return ReleaseWorkResponse(WorkStatus.OK, reply)
+
+    async def record_steps(self, steps: Sequence[StepItem]) -> StepsResponse:
+        ledger, sent_at = self._world.steps, self._world.now
+        ledger.note_handing_in(steps)
+
+        async def record(service: DispatchService) -> StepsResponse:
+            return StepsResponse(WorkStatus.OK, await service.record_steps(steps))
+
+        reply = await self._call(record, CALL_TIMEOUT_S)
+        if reply is None:
+            return StepsResponse(WorkStatus.SERVER_UNAVAILABLE)
+        assert isinstance(reply, StepsResponse)
+        ledger.note_taken(steps, reply.outcomes, sent_at)
+        return reply
 
     async def heartbeat(self, request: HeartbeatRequest) -> HeartbeatResponse:
         async def beat(service: DispatchService) -> HeartbeatResponse:
@@ -593,9 +624,10 @@ class Worker:
         self._first_beat = asyncio.Event()
         self._feeding: asyncio.Task[None] | None = None
         self._link = SimLink(world, self, self.process.name)
+        rewords = self.rng.randrange(3) if self.rng.random() < world.conduct.rewords else None
         self.source = LeasedSource(
             self._link,
-            object,  # type: ignore[arg-type]
+            type("SimTask", (SimTask,), {"ledger": world.steps, "rewords": rewords}),
             worker=self.process.name,
             batch_size=ahead,
             server_timeout_s=SERVER_TIMEOUT_S,
@@ -688,11 +720,8 @@ class Worker:
     async def _work(self, assignment: Assignment) -> None:
         world, rng, item = self._world, self.rng, assignment.item
         draw, conduct = rng.random(), world.conduct
-        for _ in range(2):
-            await asyncio.sleep(rng.uniform(0.15, 0.85) * world.mean_s * self.slowness)
-            await self._backend.wait()
-            assignment.progress += 1
-        outcome: Answered | WantsRetry | Raised
+        attempt = Attempt(assignment.build, assignment.log)
+        outcome = await self._attempt(attempt, assignment)
         for share, kind in self._misconduct(conduct):
             draw -= share
             if draw < 0:
@@ -701,14 +730,36 @@ class Worker:
                     await asyncio.get_running_loop().create_future()
                 outcome = {
                     "invalid result": Answered(rng.choice(["{", "[NaN]", '{"id":\n0}'])),
-                    "task retry": WantsRetry("once more"),
+                    "task retry": WantsRetry("once more", rng.random() < 0.5),
                 }.get(kind, Raised("ValueError: no", "task.py:1"))
                 break
         else:
+            assert isinstance(outcome, Answered), outcome
             self._nonce += 1
             outcome = Answered(result_of(item.content, self.process.name, self._nonce))
         self._ended.add(assignment.key)
-        await self.source.finish(assignment, None, outcome)  # type: ignore[arg-type]
+        await self.source.finish(assignment, attempt, outcome)
+
+    async def _attempt(
+        self, attempt: Attempt, assignment: Assignment
+    ) -> Answered | WantsRetry | Raised:
+        """Let the model answer, one request after the other, those of a list in any order."""
+        world, rng, log = self._world, self.rng, assignment.log
+        assert log is not None
+        share = 2.0 if yields_of(assignment.item.work_id) == 1 else 1.0
+        step = attempt.begin()
+        waiting: list[Asked] = []
+        while isinstance(step, list):
+            waiting += step
+            await asyncio.sleep(rng.uniform(0.15, 0.85) * share * world.mean_s * self.slowness)
+            await self._backend.wait()
+            assignment.progress += 1
+            asked = waiting.pop(rng.randrange(len(waiting)))
+            response = world.steps.answer(assignment.key, assignment.item.work_id, log, asked)
+            self.source.record(assignment, asked, response)
+            step = attempt.answer([response])
+        world.counts["steps replayed"] += log.replayed
+        return step
 
     @staticmethod
     def _misconduct(conduct: Conduct) -> Iterator[tuple[float, str]]:

@@ -163,6 +163,7 @@ def draw_scenario(seed: int) -> Scenario:
         fault_phase_s=fault_phase_s,
         restart_after_s=rng.choice([0.5, 3.0, 20.0]),
     )
+    conduct.rewords = Random(f"wording {seed}").choice([0.0, 0.0, 0.2])
     scenario.plan = _draw_plan(scenario, rng)
     if any(kind in _CONTESTS for _, kind in scenario.plan):
         scenario.stepped = rng.random() < 0.6

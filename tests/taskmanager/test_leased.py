@@ -4,26 +4,51 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from dispatcher.errors import BackendError, ServerLostError
-from dispatcher.models import HeartbeatResponse, ReleaseItem, WorkerStats, WorkItem, WorkStatus
+from dispatcher.config import RunSettings
+from dispatcher.errors import (
+    AccessDeniedError,
+    BackendError,
+    BadRequestError,
+    ServerLostError,
+    TaskRetry,
+)
+from dispatcher.models import (
+    BatchResultResponse,
+    HeartbeatRequest,
+    HeartbeatResponse,
+    ReleaseItem,
+    ReleaseWorkResponse,
+    Step,
+    StepItem,
+    StepsResponse,
+    WorkerStats,
+    WorkItem,
+    WorkStatus,
+)
+from dispatcher.service import DispatchService
 from dispatcher.taskmanager.execution import Answered, Attempt, Raised, WantsRetry
 from dispatcher.taskmanager.manager import Manager
+from dispatcher.taskmanager.steps import StepLog, response_text
 from dispatcher.taskmanager.tasksource import leased
 from dispatcher.taskmanager.tasksource.base import Assignment
+from dispatcher.taskmanager.tasksource.file import ServiceLink
 from dispatcher.taskmanager.tasksource.leased import LeasedSource
 from tests.taskmanager.doubles import (
     StubBackend,
     StubLink,
     TaskGenerator,
+    answer,
     ask,
     run,
     task_of,
@@ -787,5 +812,505 @@ def test_an_engine_that_died_is_a_crash_of_what_was_running_on_it() -> None:
         assert {n: told[n].reason for n in (0, 1)} == {0: "crash", 1: "crash"}
         assert "crash" not in {told[n].reason for n in told if n > 1}
         assert not any(item.charge for item in told.values())
+
+    run(scenario())
+
+
+# --- recorded steps -----------------------------------------------------------------------------
+
+
+class StepLink(StubLink):
+    """Notes in `calls` what was called, in order; keeps the steps of lines as a server does."""
+
+    def __init__(self, *lines: WorkItem) -> None:
+        super().__init__(*lines)
+        self.calls: list[str] = []
+        self.steps_up = True
+        self.step_latency_s = 0.0
+        self.refusal: Exception | None = None
+
+    async def record_steps(self, steps: Sequence[StepItem]) -> StepsResponse:
+        self.calls.append("steps")
+        await asyncio.sleep(self.step_latency_s)
+        if self.refusal is not None:
+            raise self.refusal
+        if not self.steps_up:
+            return StepsResponse(WorkStatus.SERVER_UNAVAILABLE)
+        return await super().record_steps(steps)
+
+    async def submit_results(self, items: Sequence[WorkItem], want: int = 0) -> BatchResultResponse:
+        self.calls.append("results")
+        return await super().submit_results(items, want)
+
+    async def release_work(self, *args: Any, **options: Any) -> ReleaseWorkResponse:
+        self.calls.append("release")
+        return await super().release_work(*args, **options)
+
+    @property
+    def places(self) -> list[tuple[int, tuple[int, int]]]:
+        return [(step.work_id, step.pos) for step in self.steps]
+
+
+def in_turn(self: Any) -> TaskGenerator:
+    """Three requests, each about the answer before."""
+    text = ""
+    for count in range(3):
+        text = (yield ask(f"{self.data['key']} {count} {text}".strip())).get_text()
+    return {"text": text}
+
+
+def recorded_of(generator: Callable[[Any], Any], count: int, work_id: int = 0) -> list[Step]:
+    """Return what is recorded of a task when the model, which says yes, answered `count` times."""
+    log = StepLog()
+    attempt = Attempt(lambda: task_of(generator)({"key": f"i{work_id}"}), log)
+    step, steps = attempt.begin(), []
+    while isinstance(step, list) and len(steps) < count:
+        response = answer(step[0].request)
+        text = response_text(response, 1 << 20)
+        steps.append(Step(step[0].position, step[0].hash or "", text or ""))
+        step = attempt.answer([response])
+    return steps
+
+
+@asynccontextmanager
+async def stuck_after(
+    link: StubLink, generator: Callable[[Any], Any], count: int
+) -> AsyncIterator[asyncio.Task[None]]:
+    """Run a manager whose model gives `count` answers and then none."""
+    backend = StubBackend()
+    calls = 0
+
+    def hold(_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        backend.gated = calls > count
+
+    backend.on_process = hold
+    working = asyncio.ensure_future(Manager(source_of(link, generator), backend, workers=4).run())
+    await until(lambda: calls > count, "the request that is not answered")
+    yield working
+    working.cancel()
+    await asyncio.wait([working])
+
+
+@pytest.mark.parametrize("compute_s", [0.0, 0.001])
+def test_a_thousand_items_of_one_request_make_no_call_for_steps(compute_s: float) -> None:
+    """Also when the answers wait long for the one thread that runs the tasks."""
+
+    def generator(self: Any) -> TaskGenerator:
+        response = yield ask(self.data["key"])
+        if compute_s:
+            time.sleep(compute_s)
+        return {"text": response.get_text()}
+
+    async def scenario() -> None:
+        link = StepLink(*lines(1000))
+        start = time.monotonic()
+
+        source = source_of(link, generator, batch_size=400)
+        await Manager(source, StubBackend(), workers=400).run()
+
+        print(f"1000 items in {time.monotonic() - start:.2f} s, {len(link.calls)} calls")
+        assert len(link.submitted) == 1000
+        assert "steps" not in link.calls
+
+    run(scenario())
+
+
+def test_a_task_that_computes_for_long_has_its_answer_recorded_meanwhile() -> None:
+    computing = threading.Event()
+    go_on = threading.Event()
+
+    def generator(self: Any) -> TaskGenerator:
+        yield ask("a")
+        computing.set()
+        go_on.wait(5)
+        return {}
+
+    async def scenario() -> None:
+        link = StepLink(line(0))
+        working = asyncio.ensure_future(
+            Manager(source_of(link, generator), StubBackend(), workers=1).run()
+        )
+        await until(computing.is_set, "it computes")
+        start = time.monotonic()
+        await until(lambda: link.steps, "the step", 2.0)
+        took_s = time.monotonic() - start
+        go_on.set()
+        await working
+
+        assert link.places == [(0, (0, 0))]
+        assert took_s < 0.5
+
+    run(scenario())
+
+
+def test_stopping_sends_every_step_before_it_releases_their_items() -> None:
+    async def scenario() -> None:
+        link = StepLink(*lines(2))
+        async with stuck_after(link, in_turn, 4) as working:
+            working.cancel()
+            await asyncio.wait([working])
+
+        assert len(link.steps) == 4
+        assert link.calls[-1] == "release"
+        assert link.calls.index("release") > max(
+            n for n, call in enumerate(link.calls) if call == "steps"
+        )
+        assert {(item.steps, item.keep_yields, item.charge) for item in link.released} == {
+            ("keep", None, False)
+        }
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("steps_up", [True, False])
+def test_stopping_gives_back_in_time_although_steps_are_not_taken(
+    monkeypatch: pytest.MonkeyPatch, steps_up: bool
+) -> None:
+    monkeypatch.setattr(leased, "_GIVE_STEPS_S", 0.05)
+    monkeypatch.setattr(leased, "_GIVE_BACK_S", 1.0)
+
+    async def scenario() -> None:
+        link = StepLink(*lines(2))
+        link.steps_up = steps_up
+        link.step_latency_s = 30.0 if steps_up else 0.0
+        async with stuck_after(link, in_turn, 4) as working:
+            working.cancel()
+            await asyncio.wait([working], timeout=2)
+            assert working.done()
+
+        assert len(link.released) == 2
+
+    run(scenario())
+
+
+def retry_at_the_end(keep: bool) -> Callable[[Any], TaskGenerator]:
+    def generator(self: Any) -> TaskGenerator:
+        yield from in_turn(self)
+        raise TaskRetry("again", keep_steps=keep)
+
+    return generator
+
+
+def raise_at_the_end(self: Any) -> TaskGenerator:
+    yield from in_turn(self)
+    raise ValueError("no")
+
+
+def raise_at_once(self: Any) -> TaskGenerator:
+    raise ValueError("no")
+    yield
+
+
+@pytest.mark.parametrize(
+    ("generator", "keep_yields", "fresh_start", "sent"),
+    [
+        (retry_at_the_end(keep=False), 0, True, 0),
+        (retry_at_the_end(keep=True), 2, False, 2),
+        (raise_at_the_end, 2, False, 2),
+    ],
+    ids=["retry", "retry that keeps steps", "exception"],
+)
+def test_an_attempt_that_ended_sends_the_steps_that_are_kept_first(
+    generator: Any, keep_yields: int, fresh_start: bool, sent: int
+) -> None:
+    async def scenario() -> None:
+        link = StepLink(line(0))
+        working = asyncio.ensure_future(work_through(source_of(link, generator)))
+        await until(lambda: link.released, "the release")
+        working.cancel()
+        await asyncio.wait([working])
+
+        [release] = link.released
+        assert (release.keep_yields, release.fresh_start) == (keep_yields, fresh_start)
+        assert release.steps == ("keep" if keep_yields else "drop")
+        assert link.places == [(0, (number, 0)) for number in range(sent)]
+        if sent:
+            assert link.calls.index("steps") < link.calls.index("release")
+
+    run(scenario())
+
+
+def test_an_exception_before_the_first_request_drops_no_answer() -> None:
+    link = run(report_of(raise_at_once))
+
+    assert [(r.steps, r.keep_yields, r.charge) for r in link.released] == [("keep", None, True)]
+
+
+async def report_of(generator: Callable[[Any], Any]) -> StubLink:
+    link = StubLink(line(0, steps=recorded_of(in_turn, 2)))
+    working = asyncio.ensure_future(work_through(source_of(link, generator)))
+    await until(lambda: link.released, "the release")
+    working.cancel()
+    await asyncio.wait([working])
+    return link
+
+
+def test_a_release_waits_a_little_for_its_steps_but_not_for_ever() -> None:
+    async def scenario(fails: int) -> StepLink:
+        link = StepLink(line(0), line(1))
+        link.steps_up = False
+        record = link.record_steps
+
+        async def failing(steps: Any) -> Any:
+            link.steps_up = link.calls.count("steps") >= fails
+            return await record(steps)
+
+        link.record_steps = failing  # type: ignore[method-assign]
+        working = asyncio.ensure_future(work_through(source_of(link, raise_at_the_end)))
+        await until(lambda: len(link.released) == 2, "the releases", 3.0)
+        working.cancel()
+        await asyncio.wait([working])
+        return link
+
+    link = run(scenario(1))
+    assert sorted(link.places) == [(n, (y, 0)) for n in range(2) for y in range(2)]
+    assert link.calls[:2] == ["steps", "steps"]
+    assert run(scenario(10**6)).places == []
+
+
+def test_an_item_that_brings_its_steps_is_not_asked_for_them_again() -> None:
+    async def scenario() -> None:
+        link = StepLink(line(0, steps=recorded_of(in_turn, 2)), line(1))
+        backend = StubBackend()
+        manager = Manager(source_of(link, in_turn), backend, workers=4)
+        await manager.run()
+
+        assert sorted(backend.log) == ["i0 2 yes", "i1 0", "i1 1 yes", "i1 2 yes"]
+        assert {item.result for item in link.submitted} == {'{"text": "yes"}'}
+        assert manager.totals.replayed == 2
+        assert (0, (0, 0)) not in link.places
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("ends_at_once", [False, True])
+def test_a_task_that_asks_something_else_than_recorded_is_told_once(ends_at_once: bool) -> None:
+    def changed(self: Any) -> TaskGenerator:
+        yield ask("i0 0")
+        yield ask("something else")
+        if not ends_at_once:
+            yield ask("more")
+        return {}
+
+    async def scenario() -> None:
+        link = StepLink(line(0, steps=recorded_of(in_turn, 3)), line(1))
+        backend = StubBackend(delay_s=0.0 if ends_at_once else 0.15)
+        await Manager(source_of(link, changed), backend, workers=4).run()
+
+        cuts = [(step.work_id, step.pos) for step in link.steps if step.response is None]
+        assert cuts == [(0, (1, 0))]
+        of_0 = [step.pos for step in link.steps if step.work_id == 0]
+        assert of_0 == ([(1, 0)] if ends_at_once else [(1, 0), (1, 0)])
+        assert backend.log.count("i0 0") == 1  # the other line asks it
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("error", [AccessDeniedError("401"), BadRequestError("400")])
+def test_a_server_that_refuses_steps_gets_its_results_all_the_same(error: Exception) -> None:
+    async def scenario() -> None:
+        link = StepLink(*lines(8))
+        link.refusal = error
+        source = source_of(link, in_turn)
+        await Manager(source, StubBackend(delay_s=0.1), workers=4).run()
+
+        assert len(link.submitted) == 8
+        assert link.calls.count("steps") == 1
+
+    run(scenario())
+
+
+def test_steps_that_an_item_brings_count_also_when_this_worker_may_record_none() -> None:
+    async def scenario() -> None:
+        link = StepLink(line(0))
+        link.open.add(1)
+        link.refusal = BadRequestError("400")
+        backend = StubBackend(delay_s=0.15)
+        working = asyncio.ensure_future(Manager(source_of(link, in_turn), backend, workers=1).run())
+        await until(lambda: link.submitted, "the first result")
+        assert "steps" in link.calls
+        asked = len(backend.log)
+        link.work.append(line(1, steps=recorded_of(in_turn, 3, work_id=1)))
+        await asyncio.wait_for(working, 5)
+
+        assert len(link.submitted) == 2
+        assert len(backend.log) == asked
+
+    run(scenario())
+
+
+def test_results_get_through_while_other_items_step_without_pause() -> None:
+    """A call for steps before each result, and more steps come in every one of them."""
+
+    def generator(self: Any) -> TaskGenerator:
+        for count in range(400 if self.data["key"] in ("i0", "i1") else 2):
+            yield ask(f"{self.data['key']} {count}")
+        if self.data["key"] in ("i0", "i1"):
+            return {}
+        raise ValueError("no")
+
+    async def scenario() -> None:
+        link = StepLink(*lines(6))
+        link.step_latency_s = 0.02
+        backend = StubBackend(delay_s=0.002)
+        working = asyncio.ensure_future(
+            Manager(source_of(link, generator), backend, workers=6).run()
+        )
+        await until(lambda: len(link.released) == 4, "the releases")
+        assert not link.submitted
+        working.cancel()
+        await asyncio.wait([working])
+
+    run(scenario())
+
+
+# --- with the service behind it ------------------------------------------------------------------
+
+
+async def killed_after(service: DispatchService, generator: Any, count: int) -> list[str]:
+    """Let a worker die when its model gave `count` answers and they were sent; what it asked."""
+    link = ServiceLink(service, f"w{count}")
+    backend = StubBackend(gated=True)
+    source = source_of(link, generator)  # type: ignore[arg-type]
+    await link.heartbeat(HeartbeatRequest(f"w{count}"))
+    working = asyncio.ensure_future(Manager(source, backend, workers=8).run())
+    for answered in range(count):
+        await until(lambda: backend.waiting, "a request")
+        backend.answer(backend.waiting[0])
+        await until(lambda n=answered + 1: len(backend.log) > n, "another request")
+    await until(lambda: not source._recorder._waiting, "the steps are sent")
+
+    async def dies(*_: Any) -> None:
+        for task in (source._exchange, source._poll, source._recording):
+            if task is not None:
+                task.cancel()
+
+    source.give_back = dies  # type: ignore[method-assign]
+    working.cancel()
+    await asyncio.wait([working])
+    service.queue.expire(service._clock.now() + 1e6)
+    return backend.log[:count]
+
+
+async def finished(service: DispatchService, generator: Any) -> list[str]:
+    link = ServiceLink(service, "last")
+    backend = StubBackend()
+    await Manager(source_of(link, generator), backend, workers=8).run()  # type: ignore[arg-type]
+    await service.finished.wait()
+    return backend.log
+
+
+def run_of(path: Path, lines: int = 1) -> RunSettings:
+    infile = path / "in.jsonl"
+    infile.write_text("".join(f'{{"key": "i{n}"}}\n' for n in range(lines)))
+    return RunSettings(infile, path / "out.jsonl", path / "state")
+
+
+def ten_in_turn(self: Any) -> TaskGenerator:
+    text = ""
+    for count in range(10):
+        text = (yield ask(f"{count} {self.rng.random()} {text}")).get_text()
+    return {"text": text}
+
+
+def test_of_an_item_whose_workers_are_killed_again_and_again_no_step_is_asked_twice(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        service = DispatchService(run_of(tmp_path))
+        await service.start()
+        asked = await killed_after(service, ten_in_turn, 3)
+        asked += await killed_after(service, ten_in_turn, 2)
+        await service.close()
+        service = DispatchService(run_of(tmp_path))  # the server was restarted, too
+        await service.start()
+        asked += await killed_after(service, ten_in_turn, 1)
+
+        asked += await finished(service, ten_in_turn)
+
+        assert [int(text.split()[0]) for text in asked] == list(range(10))
+        status = service.status()
+        assert (status["done"], status["steps"], status["step_mismatches"]) == (1, 6, 0)
+        assert status["charged"] == 0
+        await service.close()
+        assert (tmp_path / "out.jsonl").read_text() == '{"text": "yes"}\n'
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_retry_asks_anew_all_or_only_its_last_yield(tmp_path: Path, keep: bool) -> None:
+    drawn: list[float] = []
+
+    def generator(self: Any) -> TaskGenerator:
+        drawn.append(self.rng.random())
+        yield ask("a")
+        yield [ask("b"), ask("c")]
+        yield ask("d")
+        if self.context.retry_count == 0:
+            raise TaskRetry("once more", keep_steps=keep)
+        return {}
+
+    async def scenario() -> None:
+        service = DispatchService(run_of(tmp_path))
+        await service.start()
+        asked = await finished(service, generator)
+        await service.close()
+
+        assert asked == list("abcd") + (["d"] if keep else list("abcd"))
+        assert len(drawn) == 2
+        assert (drawn[0] == drawn[1]) is keep
+
+    run(scenario())
+
+
+def test_an_exception_asks_anew_only_what_its_last_yield_was_answered(tmp_path: Path) -> None:
+    attempts = 0
+
+    def generator(self: Any) -> TaskGenerator:
+        nonlocal attempts
+        attempts += 1
+        yield ask("a")
+        yield [ask("b"), ask("c")]
+        if attempts == 1:
+            raise ValueError("of b and c")
+        yield ask("d")
+        if attempts == 2:
+            raise ValueError("of d")
+        return {}
+
+    async def scenario() -> None:
+        service = DispatchService(run_of(tmp_path))
+        await service.start()
+        asked = await finished(service, generator)
+        await service.close()
+        assert "".join(asked) == "abcbcdd"
+
+    run(scenario())
+
+
+def test_a_task_that_changed_its_mind_goes_on_live_and_the_run_counts_it(tmp_path: Path) -> None:
+    wording = "old"
+
+    def generator(self: Any) -> TaskGenerator:
+        for count in range(6):
+            yield ask(f"{count} {wording if count >= 2 else ''}")
+        return {"wording": wording}
+
+    async def scenario() -> None:
+        nonlocal wording
+        service = DispatchService(run_of(tmp_path))
+        await service.start()
+        await killed_after(service, generator, 4)
+        wording = "new"
+        asked = await killed_after(service, generator, 2)
+        asked += await finished(service, generator)
+        await service.close()
+
+        assert asked == [f"{count} new" for count in range(2, 6)]
+        assert service.status()["step_mismatches"] == 1
+        assert json.loads((tmp_path / "out.jsonl").read_text()) == {"wording": "new"}
 
     run(scenario())

@@ -44,8 +44,9 @@ class Task(ABC):
     def rng(self) -> Random:
         """Random numbers that are the same whenever the item is begun again.
 
-        They depend on the run, the line and the number of times the task raised TaskRetry to
-        begin anew (with `keep_steps` they stay the same, as the kept steps must fit).
+        A task that draws from `random` asks something else then, and recorded answers are void.
+        These numbers depend on the run, the line and the number of times the task raised TaskRetry
+        to begin anew (with `keep_steps` they stay the same, as the kept steps must fit).
         """
         of_item = [getattr(self.context, name, None) for name in ("run", "work_id")]
         return Random(f"{of_item} {getattr(self.context, 'fresh_starts', 0)}")

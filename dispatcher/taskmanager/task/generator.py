@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Generator
@@ -43,9 +44,8 @@ class GeneratorTask(Task):
         super().__init__(data, context)
         self._generator: Generator[Any, Any, Any] | None = None
         self._to_send: deque[Request] = deque()
-        # The yield being answered: which places each request fills (one may be yielded twice),
-        # and what has come back.
-        self._places: dict[int, list[int]] = {}
+        # The yield being answered: which place each request has, and what has come back.
+        self._places: dict[int, int] = {}
         self._answers: list[Response | None] = []
         self._unanswered = 0
         self._asked_list = False
@@ -66,10 +66,10 @@ class GeneratorTask(Task):
 
     def process_result(self, result: Response) -> None:
         """File the response under its request; run on when the yield is answered whole."""
-        places = self._places.get(id(result.request))
-        if not places:
+        place = self._places.pop(id(result.request), None)
+        if place is None:
             raise ValueError("a response to a request that this task is not waiting for")
-        self._answers[places.pop(0)] = result
+        self._answers[place] = result
         self._unanswered -= 1
         if self._unanswered:
             return
@@ -149,12 +149,15 @@ class GeneratorTask(Task):
             self._await(requests)
 
     def _await(self, requests: list[Request]) -> None:
-        self._to_send = deque(requests)
         self._answers = [None] * len(requests)
         self._unanswered = len(requests)
         self._places = {}
         for place, request in enumerate(requests):
-            self._places.setdefault(id(request), []).append(place)
+            if id(request) in self._places:
+                # Yielded twice: each answer must find its own place, when it is replayed too.
+                request = requests[place] = copy.copy(request)
+            self._places[id(request)] = place
+        self._to_send = deque(requests)
         # The ids stay valid: the generator's frame or _to_send keeps the requests alive, and the
         # caller keeps each one until it is answered.
 

@@ -7,6 +7,7 @@ as batches that ask for more work in the same call, and keeps trying while the s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -49,6 +50,8 @@ POLL_S = 20.0
 """How long one call for work may be held open by the server."""
 
 _GIVE_BACK_S = 2.5
+_GIVE_STEPS_S = 1.0
+_STEP_TRIES = 3
 _REPORT_ITEMS = 1024
 _REPORT_CHARACTERS = 8 << 20  # at most 4 bytes each, and escapes; a body may have 64 MiB
 _FIRST_DELAY_S = 0.1
@@ -157,22 +160,25 @@ class LeasedSource(WorkSource):
         if log_ is None:
             return
         if log_.cut_at is not None:
-            self._recorder.cut(assignment.item, log_.cut_at)
+            self._recorder.cut(assignment.item, log_, log_.cut_at)
             log_.cut_at = None
-        self._recorder.offer(assignment.item, asked, response)
+        self._recorder.offer(assignment.item, log_, asked, response)
 
     async def finish(
         self, assignment: Assignment, attempt: Attempt, outcome: AttemptOutcome
     ) -> None:
         """Queue the result or the release for the next exchange."""
         item: WorkItem = assignment.item
-        # What its answers led to must not happen again.
-        last_yield = max(0, attempt.yields - 1)
+        # What the answers of its last yield led to must not happen again.
+        kept = attempt.yields - 1 if attempt.yields else None
         match outcome:
             case Answered(result):
+                if assignment.log is not None:
+                    self._recorder.note_end(assignment.log)
                 self._queue_result(item, result)
             case WantsRetry(reason, keep_steps):
-                kept = last_yield if keep_steps else 0
+                if not keep_steps:
+                    kept = 0
                 self._queue_release(
                     item, f"task_retry: {reason}", keep_yields=kept, fresh_start=not keep_steps
                 )
@@ -182,7 +188,7 @@ class LeasedSource(WorkSource):
                     self._queue_result(item, exception_line(outcome, item))
                 else:
                     reason = f"task_exception: {message} ({place})"
-                    self._queue_release(item, reason, keep_yields=last_yield)
+                    self._queue_release(item, reason, keep_yields=kept)
         self._something_to_send.set()
 
     async def give_back(self, assignments: list[Assignment], reason: str) -> None:
@@ -199,7 +205,9 @@ class LeasedSource(WorkSource):
                 self._queue_release(assignment.item, why, charge=False)
         try:
             async with asyncio.timeout(_GIVE_BACK_S):
-                await self._recorder.flush()
+                with contextlib.suppress(TimeoutError):  # they are worth less than what follows
+                    async with asyncio.timeout(_GIVE_STEPS_S):
+                        await self._recorder.flush()
                 while self._results and await self._send_results():
                     pass
                 while self._releases and await self._send_releases():
@@ -250,15 +258,16 @@ class LeasedSource(WorkSource):
 
     async def _exchange_forever(self) -> None:
         """Send what is finished, ask for what is needed; again."""
+        steps_failed = 0
         while not (self._closing and not self._results and not self._releases):
             await self._something_to_send.wait()
             self._something_to_send.clear()
-            sent = True
-            if self._steps_go_first():
-                sent = await self._recorder.flush()
+            sent = await self._send_last_steps()
+            steps_failed = 0 if sent else steps_failed + 1
             if self._results:
                 sent = await self._send_results() and sent
-            if self._releases:
+            # Steps are lost with their lease; but a call that saves work may hold up none for ever.
+            if self._releases and steps_failed % _STEP_TRIES == 0:
                 sent = await self._send_releases() and sent
             if not sent:
                 await self._wait_for_server()
@@ -269,10 +278,10 @@ class LeasedSource(WorkSource):
                 self._poll = asyncio.ensure_future(self._poll_once())
                 self._poll.add_done_callback(self._note_end)
 
-    def _steps_go_first(self) -> bool:
-        """Say whether steps wait whose lease is about to end: it takes none after that."""
+    async def _send_last_steps(self) -> bool:
+        """Send the steps whose lease is about to end: it takes none after that."""
         ending = {item.lease for item in self._results} | {item.lease for item in self._releases}
-        return self._recorder.is_waiting_for(ending)
+        return not self._recorder.is_waiting_for(ending) or await self._recorder.flush(ending)
 
     async def _send_results(self) -> bool:
         batch: list[WorkItem] = []
@@ -327,7 +336,8 @@ class LeasedSource(WorkSource):
 
     def _take_work(self, reply: BatchWorkResponse) -> None:
         for item in reply.items:
-            log_ = StepLog(item.steps or (), self._model) if self._recorder.is_on else None
+            counts = self._recorder.is_on or item.steps
+            log_ = StepLog(item.steps or (), self._model) if counts else None
             item.steps = None
             build = partial(task_of_line, self._task_class, item)
             assignment = Assignment(_key(item), build, item.solo, item=item, log=log_)
