@@ -14,6 +14,7 @@ _COMMANDS = {
     "run": ("dispatcher.launch", "run a task over a file on this machine"),
     "server": ("dispatcher.server.cli", "serve a file's lines to task managers"),
     "task-run": ("dispatcher.taskmanager.cli", "run a task against a model server"),
+    "runs": ("dispatcher.runs.cli", "list runs; what became of a line; failed lines out and in"),
 }
 
 
@@ -32,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     module, _ = _COMMANDS[words[0]]
     try:
         code: int = import_module(module).main(words[1:])
-    except KeyboardInterrupt:  # before the command took the signal over: nothing was begun
+    except KeyboardInterrupt:  # before the command took the signal over
+        print(f"dispatcher {words[0]}: stopped before anything was begun", file=sys.stderr)
         return ExitCode.STOPPED
     return code
 
