@@ -460,3 +460,36 @@ def test_a_backup_copy_starts_from_the_recorded_steps(tmp_path: Path) -> None:
     expected = {(7, step, 0): 2 if step == 5 else 1 for step in range(STEPS_IN_TURN)}
     assert times_asked == expected
     assert run.files.outfile.read_bytes() == undisturbed(run.files, run.task)
+
+
+@pytest.mark.slow
+def test_a_run_over_a_file_goes_on_after_its_recorded_steps(tmp_path: Path) -> None:
+    with run_of(tmp_path, "InTurnTask", 300, "a file", "--latency-s", "0.06") as run:
+        command = [sys.executable, "-m", "dispatcher.taskmanager.cli"]
+        command += ["--task", f"{TASKS}:{run.task}"]
+        command += ["--input", str(run.files.infile), "--output", str(run.files.outfile)]
+        command += ["--state", str(run.files.state_dir), "--workers", str(run.slots)]
+        command += ["--backend", "openai", "--base-url", run.base_url, "--model", "m"]
+        for end in (signal.SIGKILL, signal.SIGINT, signal.SIGKILL):
+            asked_before = len(read_calls(run.call_log)) if run.call_log.exists() else 0
+            with running(*command) as process:
+                wait_until(
+                    lambda asked=asked_before: len(read_calls(run.call_log)) > asked + 350,
+                    "steps",
+                )
+                at = time.time()
+                process.signal(end)
+                assert process.wait() == (3 if end == signal.SIGINT else -end), process.output
+            wait_until(lambda: run._in_flight() == 0, "the model server to notice")
+            run._note("worker", at)
+        with running(*command) as process:
+            assert process.wait(END_S) == 0, process.output
+        judged = Judgement(read_calls(run.call_log), run.kills)
+        kept = sum(len(kill.recorded.steps) for kill in run.kills)
+        print(
+            f"a file: 3 ends, {kept} steps of open lines in the journals then; "
+            f"repeated: {words(judged.repeats)}; seed {SEED}"
+        )
+        assert judged.problems == []
+        assert kept > 100
+        assert run.files.outfile.read_bytes() == undisturbed(run.files, run.task)
