@@ -153,7 +153,7 @@ MUTANTS = [
         "                saved.retries,\n",
         "                0,\n",
         CRASHES,
-        "behind operation",
+        r"False = same\(QueueState",
     ),
     Mutant(
         "the attempt of an item is not restored",
@@ -161,7 +161,7 @@ MUTANTS = [
         "                saved.attempt,\n",
         "                1,\n",
         CRASHES,
-        "behind operation",
+        r"False = same\(QueueState",
     ),
     Mutant(
         "leases are not restored",
