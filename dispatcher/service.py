@@ -23,6 +23,7 @@ from dispatcher.config import RunSettings
 from dispatcher.core.results import error_kind, lease_serials, valid_results
 from dispatcher.core.work_queue import (
     MAX_RETRIES_EXCEEDED,
+    Grant,
     WorkQueue,
     parse_lease_id,
 )
@@ -423,7 +424,7 @@ class DispatchService:
         grants = queue.lease_ready(worker, count, now, REPLY_BYTES)
         solo = any(grant.solo for grant in grants)
         texts: dict[int, str] = {}
-        size = sum(grant.line_bytes + queue.steps.size_of(grant.work_id) for grant in grants)
+        size = _bytes_of(grants, queue)
         while len(grants) < count and not solo and queue.may_open() and size < REPLY_BYTES:
             if not self._lines:
                 await self._fill_lines()
@@ -434,7 +435,7 @@ class DispatchService:
             left = count - len(grants)
             fresh = queue.lease_ready(worker, left, now, REPLY_BYTES - size, solo=not grants)
             solo = any(grant.solo for grant in fresh)
-            size += sum(g.line_bytes + queue.steps.size_of(g.work_id) for g in fresh)
+            size += _bytes_of(fresh, queue)
             grants += fresh
         if not grants:
             grants = queue.lease_backup(worker, count, now, REPLY_BYTES)
@@ -832,6 +833,13 @@ class DispatchService:
 
 
 _NOT_KEPT = "the journal cannot be written (is the disk full?); nothing was changed, try again"
+
+
+def _bytes_of(grants: Sequence[Grant], queue: WorkQueue) -> int:
+    size = sum([grant.line_bytes for grant in grants])
+    if len(queue.steps):
+        size += sum(queue.steps.size_of(grant.work_id) for grant in grants)
+    return size
 
 
 def _yields_kept(item: ReleaseItem) -> int | None:

@@ -1,7 +1,7 @@
 """What counts as a result: one JSON value on one line, not too large.
 
-A call brings up to hundreds of results, and nearly always all of them are good; so they are
-looked at together first, which costs a fraction of looking at each.
+A call may bring hundreds of results, and nearly always all of them are good; so many are looked
+at together first, which costs a fraction of looking at each.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import msgspec
 _ERROR_MARK = b'{"__ERROR__"'
 _KIND = re.compile(rb'\{"__ERROR__":\s*\{"error":\s*"([^"\\]{1,64})"')
 UNNAMED_ERROR = "unnamed"
+_FEW = 4
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
 _split_json = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _read_pairs = msgspec.json.Decoder(list[tuple[int, int]]).decode
@@ -21,6 +22,8 @@ _read_pairs = msgspec.json.Decoder(list[tuple[int, int]]).decode
 
 def valid_results(texts: Sequence[str | None], max_bytes: int) -> list[bytes | None]:
     """Return each result as the output's bytes, or None where it is not JSON on one line."""
+    if len(texts) < _FEW:
+        return [_valid_result(text, max_bytes) for text in texts]
     try:
         results = [text.encode() for text in texts if text is not None]
         together = b"[%b]" % b",".join(results)
@@ -63,6 +66,8 @@ def lease_serials(work_ids: Sequence[int], leases: Sequence[str | None]) -> list
 
     It need not be the number of one of the item's leases.
     """
+    if len(leases) < _FEW:
+        return [None if lease is None else _serial_of(lease) for lease in leases]
     try:
         # "7.31", "9.32" -> [[7,31],[9,32]]
         pairs = _read_pairs(f"[[{'],['.join(leases).replace('.', ',')}]]")  # type: ignore[arg-type]

@@ -21,7 +21,6 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import compress
 from typing import Any
 
 import msgspec
@@ -301,16 +300,12 @@ class WorkQueue:
             taken, outcomes = self._sort_out(arrivals)
         if not taken:
             return outcomes
-        work_ids, serials, results, kinds = zip(*taken, strict=True)
-        for work_id, kind in zip(work_ids, kinds, strict=True):
-            if (item := self.items.get(work_id)) is not None and item.history:
-                self._note_past(item, kind or "ok")
-        self._note_finishes(work_ids, serials, now)
+        self._note_finishes(taken, now)
         event = Finished(
-            [*work_ids],
-            [serial or 0 for serial in serials],
-            _by_kind(work_ids, kinds),
-            [*map(msgspec.Raw, results)],
+            [arrival[0] for arrival in taken],
+            [arrival[1] or 0 for arrival in taken],
+            _errors_in(taken),
+            [msgspec.Raw(arrival[2]) for arrival in taken],
         )
         self._record(event, now)
         return outcomes
@@ -331,20 +326,23 @@ class WorkQueue:
                 outcomes.append(Outcome.DUPLICATE if known else Outcome.UNKNOWN)
         return list(taken.values()), outcomes
 
-    def _note_finishes(
-        self, work_ids: Sequence[int], serials: Sequence[int | None], now: float
-    ) -> None:
-        leases = self.leases
-        found = [
-            lease
-            for work_id, serial in zip(work_ids, serials, strict=True)
-            if (lease := leases.get(serial or 0)) is not None and lease.work_id == work_id
-        ]
-        self._durations.extend([now - lease.running_since for lease in found])
-        names = [lease.worker for lease in found if lease.worker]
-        for name in set(names):
+    def _note_finishes(self, taken: Sequence[Arrival], now: float) -> None:
+        """Learn how fast workers are, and keep what lines went through for people to read."""
+        leases, items = self.leases, self.items
+        lasted_s: list[float] = []
+        by_worker: dict[str, int] = {}
+        for work_id, serial, _, kind in taken:
+            lease = leases.get(serial or 0)  # serials count from 1
+            if lease is not None and lease.work_id == work_id:
+                lasted_s.append(now - lease.running_since)
+                by_worker[lease.worker] = by_worker.get(lease.worker, 0) + 1
+            item = items.get(work_id)
+            if item is not None and item.history:
+                self._note_past(item, kind or "ok")
+        self._durations.extend(lasted_s)
+        for name, count in by_worker.items():
             if worker := self.workers.get(name):
-                worker.note_finishes(names.count(name), now)
+                worker.note_finishes(count, now)
 
     def fail(self, work_id: int, serial: int | None, reason: str, now: float) -> None:
         """End a lease, charged: what its worker sent is no result."""
@@ -999,11 +997,13 @@ MAX_RETRIES_EXCEEDED = "max_retries_exceeded"
 """The error of the tombstone an item gets when it runs out of reissues."""
 
 
-def _by_kind(work_ids: Sequence[int], kinds: Sequence[str]) -> dict[str, list[int]]:
-    return {
-        kind: [*compress(work_ids, [other == kind for other in kinds])]
-        for kind in set(kinds) - {""}
-    }
+def _errors_in(arrivals: Sequence[Arrival]) -> dict[str, list[int]]:
+    """Return the lines among them whose result is an `__ERROR__`, by its kind."""
+    errors: dict[str, list[int]] = {}
+    for work_id, _, _, kind in arrivals:
+        if kind:
+            errors.setdefault(kind, []).append(work_id)
+    return errors
 
 
 def _is_blame(ended: Ended, worker: str) -> bool:

@@ -55,7 +55,7 @@ SEGMENT_BYTES = 64 << 20
 SEGMENT_RESULTS = 200_000
 _APPEND_ITEMS = 4096
 _APPEND_BYTES = 8 << 20
-_CONCERN_STEPS = (Stepped, StepsCut, LeaseEnded, Finished, Tombstoned)
+_CONCERN_STEPS = frozenset((Stepped, StepsCut, LeaseEnded, Finished, Tombstoned))
 
 
 @dataclass(slots=True)
@@ -88,7 +88,7 @@ class Batch:
             self.work_ids += work_ids
             self.starts += starts
             self.results += results
-        if isinstance(event, _CONCERN_STEPS):
+        if type(event) in _CONCERN_STEPS:
             self.step_events.append((event, len(body)))
         body += b"\n"
 

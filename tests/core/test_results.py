@@ -26,18 +26,28 @@ def test_a_bad_result_leaves_the_others_as_they_are(bad: str | None) -> None:
     assert valid_results([*GOOD, bad, *GOOD], 1 << 20) == [*expected, None, *expected]
 
 
-def test_bad_results_that_make_good_json_together_are_still_bad() -> None:
-    assert valid_results(["[3", "4]", "1,2"], 1 << 20) == [None, None, None]
-    assert valid_results(['"a', 'b"', "1,2"], 1 << 20) == [None, None, None]
-    assert valid_results(["1,2", "", "3"], 1 << 20) == [None, None, b"3"]
+@pytest.fixture(params=[0, 8], ids=["few", "many"])
+def others(request: pytest.FixtureRequest) -> list[str]:
+    """Good results beside those of the test: few are looked at one by one, many together."""
+    return ["0"] * int(request.param)
 
 
-def test_blanks_around_a_result_are_cut_off() -> None:
-    assert valid_results([" 1\t", "2"], 1 << 20) == [b"1", b"2"]
+def test_bad_results_that_make_good_json_together_are_still_bad(others: list[str]) -> None:
+    def looked_at(*texts: str) -> list[bytes | None]:
+        return valid_results([*texts, *others], 1 << 20)[: len(texts)]
+
+    assert looked_at("[3", "4]", "1,2") == [None, None, None]
+    assert looked_at('"a', 'b"', "1,2") == [None, None, None]
+    assert looked_at("1,2", "", "3") == [None, None, b"3"]
 
 
-def test_a_result_over_the_limit_in_bytes_is_none() -> None:
-    assert valid_results(['"\u00e9"', '"ab"', '"abc"'], 4) == [b'"\xc3\xa9"', b'"ab"', None]
+def test_blanks_around_a_result_are_cut_off(others: list[str]) -> None:
+    assert valid_results([" 1\t", "2", *others], 1 << 20)[:2] == [b"1", b"2"]
+
+
+def test_a_result_over_the_limit_in_bytes_is_none(others: list[str]) -> None:
+    texts = ['"\u00e9"', '"ab"', '"abc"', *others]
+    assert valid_results(texts, 4)[:3] == [b'"\xc3\xa9"', b'"ab"', None]
 
 
 def test_no_texts_are_no_results() -> None:
@@ -50,17 +60,21 @@ def test_no_texts_are_no_results() -> None:
 )
 def test_a_lease_tells_its_number_alone_and_among_others(lease: str, serial: int) -> None:
     assert lease_serials([7], [lease]) == [serial]
-    assert lease_serials([1, 7, 2], ["1.5", lease, "2.6"]) == [5, serial, 6]
+    leases = ["1.5", lease, "2.6", "3.7"]
+    assert lease_serials([1, 7, 2, 3], leases) == [5, serial, 6, 7]
 
 
 def test_a_missing_lease_has_no_number() -> None:
     assert lease_serials([1, 2], ["1.5", None]) == [5, None]
+    assert lease_serials([1, 2, 3, 4], ["1.5", None, "3.6", "4.7"]) == [5, None, 6, 7]
     assert lease_serials([], []) == []
 
 
 def test_leases_are_not_mixed_up_by_what_looks_like_two_of_them() -> None:
-    assert lease_serials([7, 8], ["7", "3.8.9"]) == [0, 0]
-    assert lease_serials([7, 9], ["7.8,9.1", ""]) == [0, 0]
+    ids, leases = [1, 2, 3], ["1.5", "2.6", "3.7"]
+    assert lease_serials([7, 8, *ids], ["7", "3.8.9", *leases]) == [0, 0, 5, 6, 7]
+    assert lease_serials([7, 9, *ids], ["7.8,9.1", "", *leases]) == [0, 0, 5, 6, 7]
+    assert lease_serials([7, 9, *ids], ["7.8],[9.1", "9.4", *leases]) == [0, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize(
