@@ -40,7 +40,8 @@ WRITER = "storage/writer.py"
 SEEDS = "tests/faults/test_mutants.py::test_a_few_whole_runs_keep_every_promise"
 CRASHES = "tests/faults/test_mutants.py::test_a_few_crash_states_hold_what_was_acknowledged"
 IN_STORAGE = "tests/storage/"
-IN_SERVICE = "tests/test_service.py::"
+TAKING = "tests/service/test_taking_and_giving.py::"
+GOING_ON = "tests/service/test_going_on.py::"
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,7 @@ MUTANTS = [
         SERVICE,
         "{item.run for item in items} <= {None, run_id}",
         "run_id",
-        IN_SERVICE + "test_an_item_of_another_run_changes_nothing",
+        TAKING + "test_an_item_of_another_run_changes_nothing",
         "wrong_run",
     ),
     # ---------------------------------------------------------------- who pays
@@ -265,7 +266,7 @@ MUTANTS = [
         OWNERSHIP,
         "return self._clock() - self._confirmed_at <= CONFIRM_WITHIN_S",
         "return True",
-        IN_SERVICE
+        GOING_ON
         + "test_a_result_that_was_being_written_when_another_took_over_is_not_acknowledged",
         "DID NOT RAISE",
     ),
@@ -274,7 +275,7 @@ MUTANTS = [
         WRITER,
         "        if not self._owner.is_confirmed:\n",
         "        if False:\n",
-        IN_SERVICE + "test_a_service_that_hung_in_its_journal_leaves_the_winners_output_alone",
+        GOING_ON + "test_a_service_that_hung_in_its_journal_leaves_the_winners_output_alone",
         "assert .* == .*the winner",
     ),
     Mutant(
