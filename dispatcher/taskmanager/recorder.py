@@ -2,8 +2,7 @@
 
 A step is sent when its task has more to do: when it asked again, or waits for other answers, or
 has been computing for a moment. When its item ends before that, it was the item's last and nobody
-needs it. Once many items have ended so, and none has asked twice, answers are not even kept: a
-task with a single request costs nothing.
+needs it. Once many items have ended so, and none has asked twice, answers are not even kept.
 """
 
 from __future__ import annotations
