@@ -10,6 +10,11 @@ settings; faults are an ordered list of rules, and the first rule that applies t
     - {match: "poison", delay_s: 0.5, exit: 137}  # the engine dies of a certain prompt
     - {after_s: 60, until_s: 90, status: 503, retry_after_s: 5}
     - {every: 50, choose: ["yes", "no"]}
+    - {after_calls: 50, until_calls: 51, freeze_s: 20}  # nothing answers, /health included
+    - {after_s: 60, hang: true}                   # from now on only /health and /metrics answer
+
+With `requests_per_minute` or `requests_per_day` every answer tells in Cerebras' headers what is
+left, and a call beyond is answered as Cerebras does: 429, with the reason and Retry-After.
 
 `GET /calls` shows counters, `GET /metrics` speaks vLLM's names, and `call_log` appends every call
 and every answer to a JSONL file that several servers may share.
@@ -53,9 +58,20 @@ PROMPT_FIELDS = {
     "/v1/completions": "prompt",
     "/v1/embeddings": "input",
 }
-ACTIONS = ("status", "hang", "reset", "exit", "garbage", "truncate", "reply", "choose")
+ACTIONS = (
+    "status",
+    "hang",
+    "reset",
+    "exit",
+    "garbage",
+    "truncate",
+    "reply",
+    "choose",
+    "freeze_s",
+)
 MAX_BODY_BYTES = 256 * 1024 * 1024
 EMBEDDING_FLOATS = 16
+ENGINE_STEPS_PER_S = 50
 CREATED_UNIX_S = 1_700_000_000  # a constant: the clock must not show in an answer
 GARBAGE = b"<html>the fake server was told to send garbage</html>"
 WORDS = re.findall(  # 64, so that a byte's low bits pick one
@@ -84,15 +100,16 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     after_calls: Count = 0  # 100: from this server's 101st call on
     until_calls: Count | None = None  # 100: up to and including its 100th call
 
-    # Actions. All but the last four spare the call the settings' latency.
+    # Actions. All but the last five spare the call the settings' latency.
     status: Annotated[int, msgspec.Meta(ge=200, le=599)] | None = None  # with an error object
-    hang: bool = False  # no answer; with `delay_s` the connection is closed after it
+    hang: bool = False  # no answer, no progress; with `delay_s` it ends in a closed connection
     reset: bool = False  # the connection is reset (TCP RST)
     exit: int | None = None  # the whole process ends with this code
     garbage: bool = False  # 200 with a body that is not JSON
     truncate: bool = False  # 200, half of the body, then the connection is closed
     reply: str | None = None  # this text; cut by max_tokens and stop like any other
     choose: tuple[str, ...] = ()  # one of these texts, picked by the request's hash
+    freeze_s: Seconds | None = None  # the whole process stands still first, deaf to SIGTERM
 
     retry_after_s: Seconds | None = None  # a Retry-After header beside `status`
     delay_s: Seconds = 0.0  # wait before the action; without one: a late but normal answer
@@ -123,6 +140,8 @@ class FakeLLMSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     tokens_per_s: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     max_in_flight: Count = 0
     retry_after_s: Seconds = 1.0
+    requests_per_minute: Count = 0
+    requests_per_day: Count = 0
     capacity: Count = 0
     min_words: Positive = 8
     max_words: Positive = 64
@@ -145,6 +164,8 @@ SETTINGS_HELP = {
     "tokens_per_s": "tokens (words) a second of each answer, 0 = all at once",
     "max_in_flight": "requests in flight above which a call is answered 429, 0 = no limit",
     "retry_after_s": "seconds in the Retry-After header of such a 429",
+    "requests_per_minute": "requests a minute, beyond which a call is answered 429, 0 = no limit",
+    "requests_per_day": "requests a day, beyond which a call is answered 429, 0 = no limit",
     "capacity": "requests worked on at a time while the others wait, 0 = no limit",
     "min_words": "words in the shortest answer",
     "max_words": "words in the longest answer, unless the request asks for fewer",
@@ -416,6 +437,44 @@ class _Call:
 # ---- The server.
 
 
+class _Window:
+    """So many requests in so many seconds, which begin with the first of them."""
+
+    def __init__(self, name: str, length_s: float, limit: int) -> None:
+        self.name = name
+        self.limit = limit
+        self._length_s = length_s
+        self._used = 0
+        self._ends_s = 0.0
+
+    def left(self) -> int:
+        if time.monotonic() >= self._ends_s:
+            self._used = 0
+            self._ends_s = time.monotonic() + self._length_s
+        return self.limit - self._used
+
+    def take(self) -> None:
+        self._used += 1
+
+    def reset_s(self) -> float:
+        return max(0.0, self._ends_s - time.monotonic())
+
+    def headers(self) -> dict[str, str]:
+        left = self.left()
+        values = {"limit": self.limit, "remaining": left, "reset": self.reset_s()}
+        return {f"x-ratelimit-{key}-requests-{self.name}": str(values[key]) for key in values}
+
+    def refusal(self) -> _Refusal:
+        return _Refusal(
+            429,
+            f"Requests per {self.name} limit exceeded - too many requests sent.",
+            type="too_many_requests_error",
+            param="quota",
+            code="request_quota_exceeded",
+            retry_after_s=self.reset_s(),
+        )
+
+
 class FakeLLM:
     """The server, on the event loop of whoever starts it.
 
@@ -440,6 +499,14 @@ class FakeLLM:
         self._counts_repeats = any(rule.first for rule in settings.rules)
         self._seen: Counter[bytes] = Counter()
         self._turns = asyncio.Semaphore(settings.capacity or sys.maxsize)
+        day_and_minute = (
+            _Window("day", 86400.0, settings.requests_per_day),
+            _Window("minute", 60.0, settings.requests_per_minute),
+        )
+        self._windows = [window for window in day_and_minute if window.limit]
+        # Calls that make progress, and the engine's steps for them until the second given.
+        self._progressing = 0
+        self._steps = self._stepped_s = 0.0
         self._started_s = 0.0
         self._log_fd = -1
         self._runner: web.AppRunner | None = None
@@ -455,6 +522,8 @@ class FakeLLM:
         app.router.add_get("/health", self._get_health)
         app.router.add_get("/metrics", self._get_metrics)
         app.router.add_get("/calls", self._get_calls)
+        if self._windows:
+            app.on_response_prepare.append(self._tell_limits)
         runner = web.AppRunner(
             app,
             access_log=None,
@@ -519,6 +588,11 @@ class FakeLLM:
                 message = f"The limit of {limit} requests in flight is reached."
                 wait_s = self.settings.retry_after_s
                 raise _Refusal(429, message, code="rate_limit_exceeded", retry_after_s=wait_s)
+            for window in self._windows:
+                if window.left() <= 0:
+                    raise window.refusal()
+            for window in self._windows:
+                window.take()
             call.admitted = True
             self.in_flight += 1
             self.max_in_flight = max(self.max_in_flight, self.in_flight)
@@ -569,9 +643,32 @@ class FakeLLM:
                     return rule
         return None
 
+    async def _tell_limits(self, request: web.Request, response: web.StreamResponse) -> None:
+        if request.method == "POST":
+            for window in self._windows:
+                response.headers.update(window.headers())
+
     async def _answer(self, call: _Call, request: web.Request) -> web.StreamResponse:
+        rule = self._pick_rule(call) if self.settings.rules else None
+        progress = rule is None or not rule.hang
+        self._step(progress)
+        try:
+            return await self._work_on(call, request, rule)
+        finally:
+            self._step(-progress)
+
+    def _step(self, more: int = 0) -> None:
+        """Count the engine's steps until now; from now on, for so many calls more."""
+        now = time.monotonic()
+        if self._progressing:
+            self._steps += (now - self._stepped_s) * ENGINE_STEPS_PER_S
+        self._stepped_s = now
+        self._progressing += more
+
+    async def _work_on(
+        self, call: _Call, request: web.Request, rule: Rule | None
+    ) -> web.StreamResponse:
         settings = self.settings
-        rule = self._pick_rule(call) if settings.rules else None
         if rule is not None:
             await _act_out(rule, request)
         call.compose(settings, rule)
@@ -631,15 +728,25 @@ class FakeLLM:
     async def _get_metrics(self, request: web.Request) -> web.Response:
         """Speak as vLLM does; everything counts under the first model's name."""
         name = msgspec.json.encode((self.settings.models or ("fake",))[0]).decode()
+        self._step()
+        steps = int(self._steps) + self._finished.total()
+        tokens = self._prompt_tokens + self._generation_tokens
+        capacity = self.settings.capacity
         lines = []
         for metric, kind, value in (
             ("num_requests_running", "gauge", self._running),
             ("num_requests_waiting", "gauge", self.in_flight - self._running),
+            ("kv_cache_usage_perc", "gauge", self._running / capacity if capacity else 0.0),
+            ("num_preemptions_total", "counter", 0),
             ("prompt_tokens_total", "counter", self._prompt_tokens),
             ("generation_tokens_total", "counter", self._generation_tokens),
         ):
             lines.append(f"# TYPE vllm:{metric} {kind}")
             lines.append(f"vllm:{metric}{{model_name={name}}} {value}")
+        lines.append("# TYPE vllm:iteration_tokens_total histogram")
+        lines.append(f'vllm:iteration_tokens_total_bucket{{le="+Inf",model_name={name}}} {steps}')
+        lines.append(f"vllm:iteration_tokens_total_count{{model_name={name}}} {steps}")
+        lines.append(f"vllm:iteration_tokens_total_sum{{model_name={name}}} {tokens}")
         lines.append("# TYPE vllm:request_success_total counter")
         for reason in ("stop", "length"):
             labels = f'finished_reason="{reason}",model_name={name}'
@@ -657,6 +764,8 @@ async def _act_out(rule: Rule, request: web.Request) -> None:
         await asyncio.Event().wait()
     if rule.delay_s:
         await asyncio.sleep(rule.delay_s)
+    if rule.freeze_s is not None:
+        time.sleep(rule.freeze_s)  # noqa: ASYNC251 (that the event loop stands still is the point)
     if rule.exit is not None:
         os._exit(rule.exit)
     if rule.status is not None:

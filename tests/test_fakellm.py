@@ -28,9 +28,11 @@ from dispatcher.fakellm import (
     FakeLLMSettings,
     FakeLLMSettingsError,
     Rule,
+    _Window,
     load_settings,
     main,
 )
+from dispatcher.taskmanager.backend.rate_limits import read_limits
 
 CHAT = "/chat/completions"
 EMBED = "/embeddings"
@@ -458,6 +460,158 @@ def test_capacity_makes_the_others_wait_and_metrics_tell_them_apart() -> None:
             assert f'vllm:generation_tokens_total{{model_name="m"}} {words}' in metrics
             success = 'vllm:request_success_total{finished_reason="stop",model_name="m"} 5'
             assert success in metrics
+
+    run(scenario())
+
+
+async def metric(s: Served, name: str) -> float:
+    lines = (await s.get("/metrics")).splitlines()
+    (value,) = [line.split()[-1] for line in lines if line.startswith(f"vllm:{name}{{")]
+    return float(value)
+
+
+def test_the_kv_cache_is_as_full_as_the_capacity_is_used() -> None:
+    async def scenario() -> None:
+        async with serving(Rule(hang=True), capacity=4) as s:
+            held = [asyncio.create_task(s.text(str(number))) for number in range(3)]
+            await s.in_flight(3)
+            assert await metric(s, "kv_cache_usage_perc") == 0.75
+            assert await metric(s, "num_preemptions_total") == 0
+            for each in held:
+                each.cancel()
+            await s.in_flight(0)
+            assert await metric(s, "kv_cache_usage_perc") == 0
+        async with serving() as s:
+            assert await metric(s, "kv_cache_usage_perc") == 0
+
+    run(scenario())
+
+
+def test_the_engine_counts_steps_while_it_answers_and_only_then() -> None:
+    async def scenario() -> None:
+        async with serving(latency_s=0.3) as s:
+            assert await metric(s, "iteration_tokens_total_count") == 0
+            held = asyncio.create_task(s.text())
+            await s.in_flight(1)
+            seen = []
+            for _ in range(3):
+                await asyncio.sleep(0.06)
+                seen.append(await metric(s, "iteration_tokens_total_count"))
+            assert 0 < seen[0] < seen[1] < seen[2]
+            words = len((await held).split())
+            ended = await metric(s, "iteration_tokens_total_count")
+            await asyncio.sleep(0.06)
+            assert await metric(s, "iteration_tokens_total_count") == ended > seen[2]
+            assert await metric(s, "iteration_tokens_total_sum") == words + 4
+
+    run(scenario())
+
+
+def test_every_answer_is_a_step_of_the_engine_however_fast() -> None:
+    async def scenario() -> None:
+        async with serving() as s:
+            await s.statuses(*map(str, range(20)))
+            assert await metric(s, "iteration_tokens_total_count") >= 20
+
+    run(scenario())
+
+
+def test_an_engine_that_hangs_from_some_call_on_stands_still_beside_its_health_page() -> None:
+    async def scenario() -> None:
+        async with serving(Rule(after_calls=2, hang=True)) as s:
+            assert await s.statuses("a", "b") == [200, 200]
+            held = [asyncio.create_task(s.text(str(number))) for number in range(3)]
+            await s.in_flight(3)
+            pages = []
+            for _ in range(2):
+                assert await s.get("/health") == ""
+                pages.append(await s.get("/metrics"))
+                await asyncio.sleep(0.06)
+            assert pages[0] == pages[1]
+            assert await metric(s, "num_requests_running") == 3
+            for each in held:
+                each.cancel()
+
+    run(scenario())
+
+
+def test_an_engine_that_hangs_from_some_time_on_answers_nothing_more() -> None:
+    async def scenario() -> None:
+        async with serving(Rule(after_s=0.3, hang=True)) as s:
+            assert await s.statuses("a") == [200]
+            await asyncio.sleep(0.3)
+            for text in ("a", "b"):
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(s.text(text), 0.1)
+
+    run(scenario())
+
+
+def test_what_is_left_of_a_minute_and_a_day_is_told_with_every_answer() -> None:
+    async def scenario() -> None:
+        async with serving(requests_per_minute=3, requests_per_day=90) as s:
+            for stream in (False, True):
+                _, _, headers = await s.post(ask(stream=stream))
+            assert headers["x-ratelimit-limit-requests-minute"] == "3"
+            assert headers["x-ratelimit-remaining-requests-minute"] == "1"
+            assert 50 < float(headers["x-ratelimit-reset-requests-minute"]) <= 60
+            assert headers["x-ratelimit-limit-requests-day"] == "90"
+            assert headers["x-ratelimit-remaining-requests-day"] == "88"
+            assert 86390 < float(headers["x-ratelimit-reset-requests-day"]) <= 86400
+            assert read_limits(headers, None, 200, 0).pause_s == 0
+            _, _, headers = await s.post(ask())
+            assert 50 < read_limits(headers, None, 200, 0).pause_s <= 60
+        async with serving() as s:
+            _, _, headers = await s.post(ask())
+            assert not [name for name in headers if name.lower().startswith("x-ratelimit")]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(("period", "length_s"), [("minute", 60), ("day", 86400)])
+def test_a_request_beyond_the_limit_is_answered_429_as_cerebras_does(
+    period: str, length_s: float
+) -> None:
+    async def scenario() -> None:
+        limits: dict[str, Any] = {f"requests_per_{period}": 2}
+        async with serving(**limits) as s:
+            assert await s.statuses("a", "b") == [200, 200]
+            status, body, headers = await s.post(ask())
+            assert status == 429
+            error = json.loads(body)["error"]
+            assert error == {
+                "message": f"Requests per {period} limit exceeded - too many requests sent.",
+                "type": "too_many_requests_error",
+                "param": "quota",
+                "code": "request_quota_exceeded",
+            }
+            assert length_s - 10 < float(headers["Retry-After"]) <= length_s
+            assert headers[f"x-ratelimit-remaining-requests-{period}"] == "0"
+            found = read_limits(headers, error, status, 0)
+            assert found.pause_s == pytest.approx(length_s, abs=10)
+            assert found.is_quota_exhausted is (period == "day")
+            assert s.fake.answers == {200: 2, 429: 1}
+
+    run(scenario())
+
+
+def test_a_window_begins_anew_when_it_is_over() -> None:
+    window = _Window("minute", 0.1, 2)
+    assert window.left() == 2
+    window.take()
+    window.take()
+    assert window.left() == 0
+    assert 0 < window.reset_s() <= 0.1
+    time.sleep(window.reset_s())
+    assert window.left() == 2
+
+
+def test_a_refused_request_is_not_counted() -> None:
+    async def scenario() -> None:
+        async with serving(requests_per_minute=1, requests_per_day=3) as s:
+            assert await s.statuses("a", "b", "c") == [200, 429, 429]
+            _, _, headers = await s.post(ask())
+            assert headers["x-ratelimit-remaining-requests-day"] == "2"
 
     run(scenario())
 
@@ -895,6 +1049,40 @@ def test_an_exit_rule_ends_the_process_with_its_code(tmp_path: Path) -> None:
 
         run(scenario())
         assert process.wait(5) == 137
+
+
+def test_a_freeze_stops_the_whole_server_and_then_answers(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("- {match: ice, freeze_s: 1.0}\n")
+
+    async def scenario(process: subprocess.Popen[str], url: str) -> None:
+        async with aiohttp.ClientSession() as http:
+
+            async def health_s() -> float:
+                begun_s = time.monotonic()
+                async with http.get(url.removesuffix("/v1") + "/health") as reply:
+                    assert reply.status == 200
+                return time.monotonic() - begun_s
+
+            async def status() -> int:
+                async with http.post(url + CHAT, json=ask("ice")) as reply:
+                    return reply.status
+
+            assert await health_s() < 0.5
+            frozen = asyncio.create_task(status())
+            await asyncio.sleep(0.3)
+            assert await health_s() > 0.4
+            assert await frozen == 200
+            frozen = asyncio.create_task(status())
+            await asyncio.sleep(0.3)
+            process.terminate()
+            await asyncio.sleep(0.3)
+            assert process.poll() is None
+            assert await asyncio.to_thread(process.wait, 10) == 0
+            await asyncio.gather(frozen, return_exceptions=True)
+
+    with command("--rules", str(rules)) as (process, url):
+        run(scenario(process, url))
 
 
 def test_a_port_in_use_is_one_sentence_and_exit_1(capfd: pytest.CaptureFixture[str]) -> None:
