@@ -119,7 +119,8 @@ class ReleaseItem(msgspec.Struct, omit_defaults=True):
     `reason` is one word or sentence for the item's history; the reason `crash` means that the
     model server died while the item was running. `steps` is `keep` or `drop`; with `keep`, those
     of the first `keep_yields` yields stay, or all (None). `fresh_start`: the task asked to begin
-    anew.
+    anew. `renew`, with the reason `crash`, uncharged, all steps kept: the worker lives and would
+    go on with the item, under a new lease.
     """
 
     work_id: int
@@ -129,6 +130,7 @@ class ReleaseItem(msgspec.Struct, omit_defaults=True):
     steps: str = "keep"
     keep_yields: int | None = None
     fresh_start: bool = False
+    renew: bool = False
 
 
 class ReleaseWorkRequest(msgspec.Struct, omit_defaults=True):
@@ -139,11 +141,24 @@ class ReleaseWorkRequest(msgspec.Struct, omit_defaults=True):
     worker: str | None = None
 
 
+class RenewedLease(msgspec.Struct):
+    """An item that the worker keeps: what it held under `lease` it now holds under `renewed`."""
+
+    work_id: int
+    lease: str
+    renewed: str
+    attempt: int
+
+
 class ReleaseWorkResponse(msgspec.Struct):
-    """`released_count` leases ended by this call."""
+    """`released_count` leases ended by this call; `renewed` of their items go on (see above).
+
+    Items that asked for it and are not in `renewed` are no longer the worker's.
+    """
 
     status: WorkStatus
     released_count: int = 0
+    renewed: list[RenewedLease] | msgspec.UnsetType = msgspec.UNSET
 
 
 class StepItem(msgspec.Struct, omit_defaults=True, gc=False):
@@ -178,14 +193,122 @@ class StepsResponse(msgspec.Struct):
     recording: bool = True
 
 
+LATENCY_BOUNDS_S = (
+    *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+    *(20.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+)
+"""Upper bounds, in seconds and inclusive, of all buckets of a Histogram but the last."""
+
+MAX_MODELS = 32
+"""Models that one worker tells apart in its heartbeats."""
+
+MAX_MODEL_NAME = 256
+"""Characters of a model's name in a heartbeat."""
+
+OTHER_MODELS = "other"
+"""The name under which the models that are too many to be told apart are added up."""
+
+
+class Histogram(msgspec.Struct, omit_defaults=True):
+    """How long something took, how often: `counts` by bucket of LATENCY_BOUNDS_S.
+
+    The counts are not cumulative, and there is one more of them than bounds, for what took longer
+    than the last; none at all when nothing was measured. `total` is the sum in seconds.
+    """
+
+    counts: list[int] = msgspec.field(default_factory=list)
+    total: float = 0.0
+
+    @property
+    def count(self) -> int:
+        """How many were measured."""
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float | None:
+        """The mean in seconds; None when nothing was measured."""
+        return self.total / count if (count := self.count) else None
+
+    def add(self, other: Histogram) -> None:
+        """Take what the other one counted into this one."""
+        if not self.counts:
+            self.counts = other.counts.copy()
+        elif other.counts:
+            self.counts = [mine + its for mine, its in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
+
+    def quantile(self, share: float) -> float | None:
+        """Estimate below how many seconds a share (0 to 1) of them stayed; None when empty.
+
+        Linear within the bucket, as Prometheus's `histogram_quantile`: what lies in the last
+        bucket counts as the last bound.
+        """
+        rank = share * self.count
+        below, low = 0, 0.0
+        for count, high in zip(self.counts, LATENCY_BOUNDS_S, strict=False):
+            if count and below + count >= rank:
+                return low + (high - low) * (rank - below) / count
+            below, low = below + count, high
+        return low if self.count else None
+
+
+class ModelStats(msgspec.Struct, omit_defaults=True):
+    """What became of the requests to one model: totals since the worker started, and two gauges.
+
+    `requests` were answered, `errors` were given to tasks as `Response.error`, `retried` are tries
+    that failed (5xx, time-out) and were repeated, `overloads` replies that said "too much"
+    (429, 503), `restarts` those of its engine. The gauges are `in_flight`, requests being answered
+    now, and `limit`, how many of them there may be. `latency` is measured from sending a request
+    to the end of its answer, `ttft` to its first token, where answers are streamed.
+    """
+
+    requests: int = 0
+    errors: int = 0
+    retried: int = 0
+    overloads: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    in_flight: int = 0
+    limit: int = 0
+    restarts: int = 0
+    ttft: Histogram = msgspec.field(default_factory=Histogram)
+    latency: Histogram = msgspec.field(default_factory=Histogram)
+
+    def add(self, other: ModelStats) -> None:
+        """Take the totals and gauges of another worker into these."""
+        self.add_totals(other)
+        self.in_flight += other.in_flight
+        self.limit += other.limit
+
+    def add_totals(self, other: ModelStats) -> None:
+        """Take the totals of a worker that is gone into these: its gauges are over."""
+        self.requests += other.requests
+        self.errors += other.errors
+        self.retried += other.retried
+        self.overloads += other.overloads
+        self.prompt_tokens += other.prompt_tokens
+        self.completion_tokens += other.completion_tokens
+        self.restarts += other.restarts
+        self.ttft.add(other.ttft)
+        self.latency.add(other.latency)
+
+
 class WorkerStats(msgspec.Struct, omit_defaults=True):
-    """A worker's totals since it started, for progress displays."""
+    """A worker's totals since it started, for progress displays.
+
+    `replayed` are recorded answers that were used again. `slow_steps` are stretches of task code
+    between two requests that held others up, `longest_step_s` the longest of all stretches.
+    `models` tells the requests apart by model, at most MAX_MODELS of them.
+    """
 
     requests: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
     in_flight: int = 0
     replayed: int = 0
+    slow_steps: int = 0
+    longest_step_s: float = 0.0
+    models: dict[str, ModelStats] = msgspec.field(default_factory=dict)
 
 
 class HeartbeatRequest(msgspec.Struct, omit_defaults=True):

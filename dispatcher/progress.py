@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 _WINDOW_S = 30.0
 _LINE_EVERY_S = 10.0
+_MODELS_THAT_FIT = 3
+_NAME_THAT_FITS = 16
 
 
 class Rates:
@@ -63,11 +65,41 @@ def facts(status: dict[str, Any], rates: Rates) -> str:
     parts.append(f"{items_s:.1f} items/s")
     if tokens_s:
         parts.append(f"{tokens_s:.0f} tokens/s")
+    models = status.get("models", {})
+    if 1 < len(models) <= _MODELS_THAT_FIT:
+        parts.append("requests " + " ".join(_load(*model) for model in models.items()))
     left = status["total"] - status["done"]
     if items_s > 0 and left > 0:
         parts.append(f"{clock(left / items_s)} left")
     if status["output_error"]:
         parts.append(f"output paused: {status['output_error']}")
+    return ", ".join(parts)
+
+
+def _load(name: str, model: dict[str, Any]) -> str:
+    short = name.rpartition("/")[2][:_NAME_THAT_FITS]
+    return f"{short} {model['in_flight']}/{model['limit']}"
+
+
+def model_lines(status: dict[str, Any]) -> list[str]:
+    """Return a line a model, with what was asked of it and how fast it was.
+
+    `status` is that of `/status`, or the summary in run.yaml. A server that is older than the
+    models' figures gives no line.
+    """
+    return [_model_line(name, model) for name, model in status.get("models", {}).items()]
+
+
+def _model_line(name: str, model: dict[str, Any]) -> str:
+    parts = [
+        f"{name}: {model['requests']} requests",
+        f"{model['prompt_tokens']} tokens in, {model['completion_tokens']} out",
+    ]
+    if model["errors"]:
+        parts.append(f"{model['errors']} errors")
+    for what, key in (("latency", "latency_s"), ("first token", "ttft_s")):
+        if (seconds := model.get(key)) is not None:
+            parts.append(f"{what} p50 {seconds['p50']:g} s p95 {seconds['p95']:g} s")
     return ", ".join(parts)
 
 

@@ -22,11 +22,14 @@ import msgspec
 from dispatcher.config import RunSettings
 from dispatcher.core.results import error_kind, lease_serials, valid_results
 from dispatcher.core.work_queue import (
+    CRASH,
     MAX_RETRIES_EXCEEDED,
     Grant,
     WorkQueue,
+    lease_id,
     parse_lease_id,
 )
+from dispatcher.core.worker_totals import WorkerTotals, models_in_status, models_in_summary
 from dispatcher.errors import (
     CorruptJournalError,
     DispatcherError,
@@ -40,6 +43,8 @@ from dispatcher.models import (
     HeartbeatResponse,
     Outcome,
     ReleaseItem,
+    ReleaseWorkResponse,
+    RenewedLease,
     ResultItem,
     Step,
     StepItem,
@@ -119,8 +124,7 @@ class DispatchService:
         self.failure: DispatcherError | None = None
         self.stopped = asyncio.Event()
         self.workers_told: set[str] = set()
-        self.worker_stats: dict[str, WorkerStats] = {}
-        self._departed = WorkerStats()  # totals of workers that are gone
+        self.worker_totals = WorkerTotals()
         self.queue = WorkQueue(settings.policy)
         self.invalid_results = 0
         self.duplicate_results = 0
@@ -195,6 +199,7 @@ class DispatchService:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._notify()
         if self._writer is not None:
+            await self._save_last_words()
             await self._in_writer(self._writer.close)
         await self._in_claim_thread(self._ownership.release)
         for thread in (self._write_thread, self._read_thread, self._claim_thread):
@@ -287,12 +292,33 @@ class DispatchService:
 
     async def release(self, items: Sequence[ReleaseItem]) -> int:
         """Take leases back unfinished; return how many there were."""
+        return (await self.take_back(items)).released_count
+
+    async def take_back(
+        self, items: Sequence[ReleaseItem], worker: str = ""
+    ) -> ReleaseWorkResponse:
+        """Take leases back unfinished, and renew those that `worker` may go on with.
+
+        A server that drains renews none: what goes on would have nobody to report to.
+        """
         self._check_usable()
         queue, now = self.queue, self._clock.now()
         released = 0
+        renewed: list[RenewedLease] = []
         for item in items:
             named = parse_lease_id(item.lease) if item.lease is not None else None
             if item.lease is not None and named is None:
+                continue
+            if named is not None and _may_renew(item):
+                renewal = queue.renew(
+                    item.work_id, named[1], worker, item.reason, now, again=not self._draining
+                )
+                released += renewal.ended
+                if renewal.lease is not None:
+                    lease = lease_id(item.work_id, named[1])
+                    renewed.append(
+                        RenewedLease(item.work_id, lease, renewal.lease, renewal.attempt)
+                    )
                 continue
             released += queue.release(
                 item.work_id,
@@ -305,7 +331,7 @@ class DispatchService:
             )
         await self._settle()
         await self._barrier(queue)
-        return released
+        return ReleaseWorkResponse(WorkStatus.OK, released, renewed or msgspec.UNSET)
 
     async def record_steps(self, steps: Sequence[StepItem]) -> list[StepOutcome]:
         """Keep answers that tasks got, each for itself; return what became of each, in order."""
@@ -348,7 +374,7 @@ class DispatchService:
             request.worker, held, backend_up=request.backend != "down", now=self._clock.now()
         )
         if request.stats is not None:
-            self.worker_stats[request.worker] = request.stats
+            self.worker_totals.note(request.worker, request.stats)
         await self._settle()
         await self._barrier(queue)
         return HeartbeatResponse(
@@ -363,10 +389,14 @@ class DispatchService:
         """Change the work timeout, also for items already handed out."""
         self.queue.set_work_timeout(timeout_s, self._clock.now())
 
+    def reported(self) -> WorkerStats:
+        """Return what the workers reported since this server started, added up."""
+        workers = self.queue.workers.values()
+        return self.worker_totals.total({w.name for w in workers if w.vanished_at is None})
+
     def status(self) -> dict[str, Any]:
         """Return what a person wants to know; the first six names are those of older servers."""
-        queue, counters = self.queue, self.queue.counters
-        totals = [self._departed, *self.worker_stats.values()]
+        queue, counters, reported = self.queue, self.queue.counters, self.reported()
         state = (
             "complete" if self.finished.is_set() else "draining" if self._draining else "running"
         )
@@ -396,13 +426,16 @@ class DispatchService:
             "steps": counters.steps,
             "step_mismatches": counters.step_mismatches,
             "step_bytes": queue.steps.size,
-            "steps_replayed": sum(s.replayed for s in totals),
+            "steps_replayed": reported.replayed,
             "duplicate_results": self.duplicate_results,
             "invalid_results": self.invalid_results,
-            "requests": sum(s.requests for s in totals),
-            "prompt_tokens": sum(s.prompt_tokens for s in totals),
-            "completion_tokens": sum(s.completion_tokens for s in totals),
-            "requests_in_flight": sum(s.in_flight for s in totals),
+            "requests": reported.requests,
+            "prompt_tokens": reported.prompt_tokens,
+            "completion_tokens": reported.completion_tokens,
+            "requests_in_flight": reported.in_flight,
+            "models": models_in_status(reported.models),
+            "slow_steps": reported.slow_steps,
+            "longest_step_s": reported.longest_step_s,
             "work_timeout_s": queue.policy.work_timeout_s,
             "max_retries": queue.policy.max_retries,
             "output_error": self._writer.output_error if self._writer else None,
@@ -733,12 +766,27 @@ class DispatchService:
             "output_bytes": size,
             "summary": msgspec.to_builtins(counters),
         }
-        await self._in_writer(save_run_file, self.settings.state_dir, self._run_file, self._files)
+        await self._save_summary()
         await self._in_writer(self._writer.remove_journal)
         self.finished.set()
         if self._batch_done is not None:
             _settle_future(self._batch_done)  # asked for while the run was being completed
         self._notify()
+
+    async def _save_summary(self) -> None:
+        if models := models_in_summary(self.reported().models):
+            self._run_file["summary"]["models"] = models
+        await self._in_writer(save_run_file, self.settings.state_dir, self._run_file, self._files)
+
+    async def _save_last_words(self) -> None:
+        """Put into the summary what workers reported after the last result was in."""
+        if self._source is None or not self.finished.is_set() or self.failure is not None:
+            return  # it is not for this process to say how the run went
+        before = self._run_file["summary"].get("models", {})
+        if models_in_summary(self.reported().models) != before:
+            with contextlib.suppress(DispatcherError):  # the output is whole without it
+                await self._in_claim_thread(self._ownership.confirm)
+                await self._save_summary()
 
     # ---------------------------------------------------------------- time
 
@@ -750,7 +798,7 @@ class DispatchService:
             if self._monotonic() < self._full_until:
                 continue
             self.queue.expire(now)
-            self._add_up_departed()
+            self.worker_totals.forget_all_but(self.queue.workers)
             await self._bury_condemned()
             self._queue_events()
             assert self._writer is not None
@@ -780,15 +828,6 @@ class DispatchService:
                 if self._closed:
                     raise  # what waits was not acknowledged; the next start takes it up
                 await asyncio.sleep(_CONFIRM_AGAIN_S)
-
-    def _add_up_departed(self) -> None:
-        """Keep the totals of workers the queue has forgotten, but not the workers."""
-        for name in self.worker_stats.keys() - self.queue.workers.keys():
-            stats = self.worker_stats.pop(name)
-            self._departed.replayed += stats.replayed
-            self._departed.requests += stats.requests
-            self._departed.prompt_tokens += stats.prompt_tokens
-            self._departed.completion_tokens += stats.completion_tokens
 
     async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
         """Run a background loop; what ends it ends the run in this process."""
@@ -840,6 +879,17 @@ def _bytes_of(grants: Sequence[Grant], queue: WorkQueue) -> int:
     if len(queue.steps):
         size += sum(queue.steps.size_of(grant.work_id) for grant in grants)
     return size
+
+
+def _may_renew(item: ReleaseItem) -> bool:
+    # Where answers are dropped the task begins again, so that there is nothing to go on with.
+    return (
+        item.renew
+        and item.reason == CRASH
+        and not item.charge
+        and not item.fresh_start
+        and _yields_kept(item) is None
+    )
 
 
 def _yields_kept(item: ReleaseItem) -> int | None:

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from dispatcher.progress import BarDisplay, LineDisplay, Rates, clock, facts, make_display
+from dispatcher.progress import (
+    BarDisplay,
+    LineDisplay,
+    Rates,
+    clock,
+    facts,
+    make_display,
+    model_lines,
+)
 
 
 def status(done: int = 0, total: int = 100, **fields: Any) -> dict[str, Any]:
@@ -88,6 +96,61 @@ def test_a_run_at_its_end_has_no_time_left() -> None:
 def test_a_paused_output_is_told() -> None:
     text = facts(status(output_error="no space left"), Rates())
     assert text.endswith("output paused: no space left")
+
+
+def model(**fields: Any) -> dict[str, Any]:
+    counts = {"requests": 0, "errors": 0, "prompt_tokens": 0, "completion_tokens": 0}
+    return {**counts, "in_flight": 0, "limit": 64, "ttft_s": None, "latency_s": None, **fields}
+
+
+def test_one_model_adds_nothing_to_the_facts() -> None:
+    assert facts(status(models={"m": model()}), Rates()) == facts(status(), Rates())
+
+
+def test_of_a_few_models_the_facts_show_how_full_each_is() -> None:
+    models = {
+        "org/generator": model(in_flight=12),
+        "a-judge-with-a-very-long-name": model(in_flight=3, limit=8),
+    }
+    assert "in flight, 0.0 items/s, requests generator 12/64 a-judge-with-a-v 3/8" in facts(
+        status(models=models), Rates()
+    )
+
+
+def test_many_models_do_not_fit_into_the_facts() -> None:
+    models = {f"model-{number}": model() for number in range(4)}
+    assert facts(status(models=models), Rates()) == facts(status(), Rates())
+
+
+# --- a line a model -----------------------------------------------------------------------------
+
+
+def test_each_model_has_a_line_with_what_was_asked_of_it_and_how_fast_it_was() -> None:
+    generator = model(
+        requests=5000,
+        prompt_tokens=120_000,
+        completion_tokens=640_000,
+        errors=2,
+        latency_s={"p50": 0.312, "p95": 1.5, "mean": 0.4},
+        ttft_s={"p50": 0.05, "p95": 0.1, "mean": 0.06},
+    )
+    assert model_lines({"models": {"generator": generator, "judge": model(requests=3)}}) == [
+        "generator: 5000 requests, 120000 tokens in, 640000 out, 2 errors, "
+        "latency p50 0.312 s p95 1.5 s, first token p50 0.05 s p95 0.1 s",
+        "judge: 3 requests, 0 tokens in, 0 out",
+    ]
+
+
+def test_a_summary_without_times_has_a_line_too() -> None:
+    counts = {"requests": 1, "errors": 0, "prompt_tokens": 2, "completion_tokens": 3}
+    assert model_lines({"models": {"m": counts}}) == ["m: 1 requests, 2 tokens in, 3 out"]
+
+
+def test_an_older_server_tells_of_no_models() -> None:
+    assert model_lines(status()) == []
+
+
+# --- durations ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

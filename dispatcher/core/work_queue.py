@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -48,11 +48,34 @@ from dispatcher.core.events import (
     Tombstoned,
     Watched,
 )
+from dispatcher.core.grants import (
+    Grant,
+    QueuePolicy,
+    Renewal,
+    Verdict,
+    lease_id,
+    parse_lease_id,
+)
 from dispatcher.core.items import Item, ReadyItems
 from dispatcher.core.line_states import LineStates
 from dispatcher.core.steps import StepBook, StepNote
 from dispatcher.core.workers import PROGRESS_UNKNOWN, Durations, Lease, Worker
 from dispatcher.models import Outcome, StepOutcome
+
+__all__ = [
+    "CRASH",
+    "MAX_RETRIES_EXCEEDED",
+    "VANISHED",
+    "WORK_TIMEOUT",
+    "Arrival",
+    "Grant",
+    "QueuePolicy",
+    "Renewal",
+    "Verdict",
+    "WorkQueue",
+    "lease_id",
+    "parse_lease_id",
+]
 
 _FORGET_AFTER_TERMS = 20
 _UNLIMITED = 1 << 62
@@ -62,68 +85,8 @@ CRASH = "crash"
 """The release reason by which a worker says that its model server died under the item."""
 
 
-@dataclass(frozen=True, slots=True)
-class QueuePolicy:
-    """Limits and times. `max_retries` -1 means never give up; `window` 0 means unlimited.
-
-    `step_bytes` bound one recorded answer, those of an item, and those of all open items; 0 for
-    the last one: nothing is recorded.
-    """
-
-    max_retries: int = 3
-    work_timeout_s: float = 1200.0
-    lease_term_s: float = 30.0
-    window: int = 0
-    backups: bool = True
-    max_free_releases: int = 100
-    crashes_before_solo: int = 2
-    history_limit: int = 20
-    mass_vanish_least: int = 3
-    backup_quantile: float = 0.95
-    backup_factor: float = 1.5
-    step_bytes: int = 1 << 20
-    item_step_bytes: int = 16 << 20
-    run_step_bytes: int = 64 << 30
-    item_steps: int = 4096
-
-
 Arrival = tuple[int, int | None, bytes, str]
 """A result as it came: work id, serial of the lease it names, the line, kind of its error or ""."""
-
-
-class Grant(msgspec.Struct, frozen=True, gc=False):
-    """Hand this item to the worker that asked, under this lease."""
-
-    work_id: int
-    lease: str
-    offset: int
-    line_bytes: int
-    retries: int
-    attempt: int
-    solo: bool
-    fresh_starts: int
-
-
-@dataclass(slots=True)
-class Verdict:
-    """Answer to a heartbeat; the words are those of the wire."""
-
-    done: list[str] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    back: list[str] = field(default_factory=list)
-
-
-def lease_id(work_id: int, serial: int) -> str:
-    """Name a lease. The work id is part of it, so that an ended lease still tells its item."""
-    return f"{work_id}.{serial}"
-
-
-def parse_lease_id(text: str) -> tuple[int, int] | None:
-    """Return (work_id, serial), or None for what never was a lease."""
-    work_id, dot, serial = text.partition(".")
-    if dot and work_id.isdecimal() and serial.isdecimal() and len(text) <= 40:
-        return int(work_id), int(serial)
-    return None
 
 
 class WorkQueue:
@@ -380,6 +343,47 @@ class WorkQueue:
                 reason = f"released more than {self.policy.max_free_releases} times: {reason}"
         self._end(lease, kind, reason, now, keep_yields=keep_yields, fresh_start=fresh_start)
         return True
+
+    def renew(
+        self, work_id: int, serial: int, worker: str, reason: str, now: float, *, again: bool = True
+    ) -> Renewal:
+        """End a lease as a crash of the worker's engine, and lease the item to it again at once.
+
+        The worker goes on with the item where it is, under the new lease. Not when the crash leaves
+        the item to run alone, when it was charged, when a copy of it still runs, or when it is not
+        to be leased `again`. A second call for the same lease, made because the reply to the first
+        one was lost, ends nothing and is told what the first one was.
+        """
+        lease, item = self._find_lease(work_id, serial), self.items.get(work_id)
+        if item is None:
+            return Renewal(ended=False)
+        if lease is None:
+            # A renewed lease is younger, and no other worker's.
+            own = [x for x in item.leases if worker and x.worker == worker and x.serial > serial]
+            if not own:
+                return Renewal(ended=False)
+            return Renewal(False, lease_id(work_id, own[-1].serial), item.attempt)
+        attempt = item.attempt
+        self._end(lease, "crashed", reason, now)
+        may_go_on = (
+            again
+            and bool(worker)
+            and lease.worker == worker
+            and item.queued
+            and item.attempt == attempt
+            and item.crashes < self.policy.crashes_before_solo
+        )
+        if not may_go_on:
+            return Renewal(ended=True)
+        renewed = self.next_serial
+        self._record(Issued(worker, lease.heartbeats, False, renewed, [work_id]), now)
+        young = self.leases[renewed]
+        # It was running, and long since: nobody may call it back, and should the worker vanish
+        # before it says so again, that is a crash.
+        young.progress = max(1, lease.progress)
+        young.started_at = lease.running_since
+        heapq.heappush(self._deadlines, (self._deadline(young, now), renewed, 1))
+        return Renewal(True, lease_id(work_id, renewed), item.attempt)
 
     # ---------------------------------------------------------------- steps
 

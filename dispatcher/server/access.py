@@ -11,7 +11,15 @@ from typing import Any, TypeVar
 import msgspec
 
 from dispatcher.errors import BadRequestError
-from dispatcher.models import ResultItem, StepItem, StepsSubmission
+from dispatcher.models import (
+    LATENCY_BOUNDS_S,
+    MAX_MODEL_NAME,
+    MAX_MODELS,
+    ResultItem,
+    StepItem,
+    StepsSubmission,
+    WorkerStats,
+)
 
 T = TypeVar("T")
 
@@ -183,11 +191,29 @@ def check_length(entries: Sized, name: str, most: int) -> None:
         raise BadRequestError(f'"{name}" has {len(entries)} entries, but {most} are the most')
 
 
-def check_counts(value: msgspec.Struct) -> None:
-    """Refuse numbers that no worker can have counted to."""
+def check_counts(stats: WorkerStats) -> None:
+    """Refuse numbers that no worker can have counted to, and more models than it may have."""
+    _check_numbers(stats)
+    check_length(stats.models, "models", MAX_MODELS)
+    for name, counts in stats.models.items():
+        if not 0 < len(name) <= MAX_MODEL_NAME or not name.isprintable():
+            raise BadRequestError(
+                f'a name in "models" must be 1 to {MAX_MODEL_NAME} printable characters'
+            )
+        _check_numbers(counts)
+        for histogram in (counts.ttft, counts.latency):
+            _check_numbers(histogram)
+            if len(histogram.counts) not in (0, len(LATENCY_BOUNDS_S) + 1):
+                raise BadRequestError(f'"counts" must be {len(LATENCY_BOUNDS_S) + 1} numbers')
+            if not all(0 <= count < MAX_COUNT for count in histogram.counts):
+                raise BadRequestError('"counts" must be whole numbers from 0 to 2^53')
+
+
+def _check_numbers(value: msgspec.Struct) -> None:
     for name in value.__struct_fields__:
-        if not 0 <= getattr(value, name) < MAX_COUNT:
-            raise BadRequestError(f'"{name}" must be a whole number from 0 to 2^53')
+        number = getattr(value, name)
+        if isinstance(number, int | float) and not 0 <= number < MAX_COUNT:
+            raise BadRequestError(f'"{name}" must be a number from 0 to 2^53')
 
 
 def worker_name(name: str | None) -> str:

@@ -23,7 +23,6 @@ from dispatcher.models import (
     Outcome,
     ReleaseItem,
     ReleaseWorkRequest,
-    ReleaseWorkResponse,
     StepOutcome,
     StepsResponse,
     WorkStatus,
@@ -196,8 +195,7 @@ async def post_release(request: web.Request) -> web.Response:
     access.check_length(body.items, "items", access.MAX_ITEMS)
     # Existing clients name ids alone: charged, and what was recorded is dropped.
     by_id = [ReleaseItem(work_id, steps="drop") for work_id in body.work_ids]
-    released = await request.app[SERVICE].release([*by_id, *body.items])
-    return _json(ReleaseWorkResponse(WorkStatus.OK, released))
+    return _json(await request.app[SERVICE].take_back([*by_id, *body.items], body.worker or ""))
 
 
 async def post_heartbeat(request: web.Request) -> web.Response:

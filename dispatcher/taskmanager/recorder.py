@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from dispatcher.errors import DispatcherError
@@ -80,6 +81,7 @@ class StepRecorder:
         self._send = send
         # By lease, in the order they happened.
         self._waiting: dict[str, list[_Waiting]] = {}
+        self._held_back: set[str] = set()
         self._size = 0
         self._something = asyncio.Event()
         self._one_call = asyncio.Lock()
@@ -121,6 +123,23 @@ class StepRecorder:
         self._remove(
             [w for w in waiting if w.step.response is not None and w.step.pos[0] >= keep_yields]
         )
+
+    @contextmanager
+    def holding(self, leases: Collection[str]) -> Iterator[None]:
+        """Send no steps of these leases meanwhile: they end just now, and may be renewed."""
+        self._held_back.update(leases)
+        try:
+            yield
+        finally:
+            self._held_back.difference_update(leases)
+
+    def rename(self, lease: str, item: WorkItem) -> None:
+        """The item goes on under another lease than this: so do its steps that are not sent yet."""
+        waiting = self._waiting.pop(lease, [])
+        for each in waiting:
+            each.step.lease, each.step.attempt = item.lease or "", item.attempt
+        if waiting:
+            self._waiting.setdefault(item.lease or "", []).extend(waiting)
 
     def note_end(self, log_: StepLog) -> None:
         """An item has its result."""
@@ -175,7 +194,9 @@ class StepRecorder:
     def _due(self, is_due: Callable[[_Waiting], bool]) -> list[_Waiting]:
         batch: list[_Waiting] = []
         size = 0
-        for of_lease in self._waiting.values():
+        for lease, of_lease in self._waiting.items():
+            if lease in self._held_back:
+                continue
             for waiting in of_lease:
                 if len(batch) == _CALL_STEPS or size > _CALL_CHARACTERS:
                     return batch

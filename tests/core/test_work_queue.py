@@ -20,20 +20,21 @@ from dispatcher.core.events import (
     QueueState,
     Tombstoned,
 )
+from dispatcher.core.items import Item
 from dispatcher.core.work_queue import (
     CRASH,
     MAX_RETRIES_EXCEEDED,
     WORK_TIMEOUT,
     Grant,
-    Item,
     QueuePolicy,
+    Renewal,
     Verdict,
     WorkQueue,
     lease_id,
     parse_lease_id,
 )
 from dispatcher.core.workers import PROGRESS_UNKNOWN
-from dispatcher.models import Outcome
+from dispatcher.models import Outcome, StepOutcome
 
 TERM_S = 30.0
 GONE_S = TERM_S + 1.0
@@ -1710,3 +1711,179 @@ def test_the_window_tells_how_many_more_lines_may_be_read() -> None:
     queue.finish(0, None, DONE, now=0.0)
     assert queue.window_room() == 3
     assert WorkQueue(QueuePolicy()).window_room() > 1 << 40
+
+
+# --- an engine that died under a worker that lives ------------------------------------------------
+
+
+def renew(
+    queue: WorkQueue, grant: Grant, worker: str = "w", *, now: float = 0.0, again: bool = True
+) -> Renewal:
+    return queue.renew(grant.work_id, serial(grant), worker, CRASH, now, again=again)
+
+
+def under(grant: Grant, renewal: Renewal) -> Grant:
+    """Give the grant of an item as it is held now."""
+    assert renewal.lease is not None
+    return msgspec.structs.replace(grant, lease=renewal.lease, attempt=renewal.attempt)
+
+
+def test_a_worker_keeps_an_item_whose_engine_died_under_a_new_lease() -> None:
+    queue = queue_of(2)
+    old = start_one(queue, "w", 0.0)
+    queue.take_events()
+
+    renewal = renew(queue, old, now=1.0)
+
+    assert renewal == Renewal(True, "0.2", 1)
+    assert [type(event) for event in queue.take_events()] == [LeaseEnded, Issued]
+    assert (queue.counters.crashed, queue.counters.charged) == (1, 0)
+    assert [grant.work_id for grant in queue.lease_ready("v", 9, 1.0)] == [1]
+    assert finish(queue, under(old, renewal)) is Outcome.ACCEPTED
+
+
+def test_the_second_crash_of_an_item_sends_it_back_to_run_alone() -> None:
+    queue = queue_of(1)
+    first = start_one(queue, "w", 0.0)
+    second = under(first, renew(queue, first))
+
+    assert renew(queue, second) == Renewal(ended=True)
+
+    (alone,) = queue.lease_ready("w", 1, 0.0)
+    assert (alone.solo, alone.retries) == (True, 0)
+    assert renew(queue, alone) == Renewal(ended=True)
+    assert queue.counters.charged == 1
+    assert queue.lease_ready("w", 1, 0.0)[0].retries == 1
+
+
+def test_a_renewal_asked_for_again_is_told_what_it_was_and_ends_nothing() -> None:
+    queue = queue_of(1)
+    old = start_one(queue, "w", 0.0)
+    renewal = renew(queue, old)
+    queue = restarted(queue, 1.0)
+    queue.take_events()
+
+    assert renew(queue, old, again=False) == Renewal(False, renewal.lease, 1)
+    assert renew(queue, old, "v") == renew(queue, old, "") == Renewal(ended=False)
+    assert queue.take_events() == []
+    assert queue.counters.crashed == 1
+
+
+def test_a_lease_that_is_gone_is_not_renewed() -> None:
+    queue = queue_of(2)
+    returned, done = start_one(queue, "w", 0.0), start_one(queue, "w", 0.0)
+    give_back(queue, returned, charge=False)
+    finish(queue, done)
+    queue.take_events()
+
+    assert renew(queue, returned) == renew(queue, done) == Renewal(ended=False)
+    # An older lease of the worker is not what an earlier call for this one gave.
+    again = lease_one(queue, "w", 0.0)
+    later = msgspec.structs.replace(again, lease=f"{again.work_id}.{serial(again) + 5}")
+    assert renew(queue, later) == Renewal(ended=False)
+
+
+@pytest.mark.parametrize("how", ["another worker", "nobody", "not again"])
+def test_a_crash_is_counted_though_nothing_is_renewed(how: str) -> None:
+    queue = queue_of(1)
+    old = start_one(queue, "w", 0.0)
+    worker = {"another worker": "v", "nobody": ""}.get(how, "w")
+
+    renewal = renew(queue, old, worker, again=how != "not again")
+
+    assert renewal == Renewal(ended=True)
+    assert (queue.counters.crashed, queue.ready_count) == (1, 1)
+
+
+def test_a_lease_with_a_copy_ends_alone_and_is_not_renewed() -> None:
+    queue = queue_of(40)
+    slow = start_one(queue, "slow", 0.0)
+    beat(queue, "quick", now=0.0)
+    for grant in queue.lease_ready("quick", 39, 0.0):
+        finish(queue, grant, now=1.0)
+    (copy,) = queue.lease_backup("quick", 1, 500.0)
+
+    assert renew(queue, slow, "slow", now=500.0) == Renewal(ended=True)
+
+    assert [lease.serial for lease in queue.leases.values()] == [serial(copy)]
+    assert queue.ready_count == 0
+
+
+def test_an_attempt_that_is_charged_with_the_crash_is_not_gone_on_with() -> None:
+    queue = queue_of(40)
+    slow = start_one(queue, "slow", 0.0)
+    beat(queue, "quick", now=0.0)
+    for grant in queue.lease_ready("quick", 39, 0.0):
+        finish(queue, grant, now=1.0)
+    (copy,) = queue.lease_backup("quick", 1, 500.0)
+    give_back(queue, copy, charge=True, now=500.0)
+
+    assert renew(queue, slow, "slow", now=500.0) == Renewal(ended=True)
+
+    assert (queue.counters.charged, queue.ready_count) == (1, 1)
+
+
+def test_a_worker_that_vanishes_right_after_a_renewal_crashed_with_the_item_running() -> None:
+    queue = queue_of(1)
+    old = start_one(queue, "w", 0.0)
+    renew(queue, old, now=1.0)
+
+    queue.expire(2.0 + TERM_S)
+
+    assert queue.counters.crashed == 2
+    assert queue.lease_ready("v", 1, 40.0)[0].solo
+
+
+def test_a_renewed_item_is_not_called_back_though_its_worker_has_not_said_that_it_runs() -> None:
+    queue = queue_of(1)
+    old = start_one(queue, "w", 0.0)
+    beat(queue, "idle", now=0.0)
+    queue.note_idle("idle", 5)
+    renewed = under(old, renew(queue, old, now=1.0))
+
+    queue.expire(2.0)
+
+    assert beat(queue, "w", {renewed: 1}, now=2.0) == Verdict()
+
+
+def test_an_item_called_back_that_was_started_before_and_crashed_goes_on() -> None:
+    queue = queue_of(1)
+    beat(queue, "w", now=0.0)
+    old = lease_one(queue, "w", 0.0)
+    beat(queue, "idle", now=0.0)
+    queue.note_idle("idle", 1)
+    queue.expire(1.0)  # calls it back
+    renewed = under(old, renew(queue, old, now=2.0))
+
+    assert queue.counters.crashed == 1
+    assert beat(queue, "w", {renewed: 1}, now=3.0) == Verdict()
+
+
+def test_a_renewed_item_has_its_whole_time_again_and_steps_may_follow() -> None:
+    queue = queue_of(1)
+    old = start_one(queue, "w", 0.0)
+    queue.record_step(0, serial(old), 1, (0, 0), "a", b'"x"')
+    renewed = under(old, renew(queue, old, now=100.0))
+    now = 100.0
+    while now < TIMEOUT_S + 90.0:
+        now += 10.0
+        beat(queue, "w", {renewed: 1}, now=now)
+        queue.expire(now)
+    assert serial(renewed) in queue.leases
+
+    assert queue.record_step(0, serial(old), 1, (1, 0), "b", b'"y"') is StepOutcome.STALE
+    assert queue.record_step(0, serial(renewed), 1, (1, 0), "b", b'"y"') is StepOutcome.ACCEPTED
+    assert len(queue.steps.of(0)) == 2
+    beat(queue, "w", {renewed: 1}, now=now + 21.0)
+    queue.expire(now + 21.0)
+    assert queue.counters.expired == 1
+
+
+def test_a_renewal_whose_reply_was_lost_for_good_returns_uncharged() -> None:
+    queue = queue_of(1)
+    old = start_one(queue, "w", 0.0)
+    renew(queue, old, now=1.0)
+    for now in (10.0, 20.0, 30.0, 40.0):
+        assert beat(queue, "w", {old: 3}, now=now).lost == [old.lease]
+    assert (queue.counters.returned, queue.counters.crashed, queue.ready_count) == (1, 1, 1)
+    assert renew(queue, old, now=41.0) == Renewal(ended=False)

@@ -32,7 +32,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from dispatcher.core.events import Event, LeaseEnded, Position, QueueState
+from dispatcher.core.events import Event, Issued, LeaseEnded, Position, QueueState
 from dispatcher.core.work_queue import (
     CRASH,
     MAX_RETRIES_EXCEEDED,
@@ -333,6 +333,21 @@ class Model:
         else:
             met["released too often"] += 1
             self.end(lease, "charged", keep_yields=keep_yields)
+
+    def renew(self, lease: Held, worker: str, again: bool) -> bool:
+        """The engine of a worker crashed, which lives; say whether it keeps the item."""
+        line = self.lines[lease.work_id]
+        attempt = line.attempt
+        met["renewed though called back"] += lease.recall == "yes"
+        self.end(lease, "crashed")
+        may = again and worker == lease.worker != "" and not line.held and not line.solo
+        return may and not line.condemned and line.attempt == attempt
+
+    def grant_renewed(self, old: Held, serial: int, now: float) -> None:
+        """The worker goes on with what it was running, for as long as any lease lets it."""
+        self._give(old.work_id, serial, old.worker, old.watched, False, now)
+        young = self.lines[old.work_id].held[-1]
+        young.progress, young.began_at = max(1, old.progress), old.running_since
 
     def end(
         self, lease: Held, kind: str, vanished: bool = False, keep_yields: int | None = None
@@ -1030,6 +1045,55 @@ class Life(RuleBasedStateMachine):
     ) -> None:
         _, work_id, serial = self.pick(nth)
         self.give_back(work_id, serial if named else None, charge, reason, keep_yields, fresh_start)
+
+    @precondition(lambda self: self.grants)
+    @rule(
+        nth=some,
+        worker=st.sampled_from(["its", "its", "its", *STRANGERS, *WORKERS]),
+        again=st.integers(0, 5),
+    )
+    def renew(self, nth: int, worker: str, again: int) -> None:
+        """The engine died under an item; 0: the server is ending."""
+        owner, work_id, serial = self.pick(nth)
+        self.renew_for(owner if worker == "its" else worker, work_id, serial, again > 0)
+
+    @precondition(lambda self: self.model.leases)
+    @rule(nth=some, times=st.integers(1, 3))
+    def let_engines_die_under_an_item(self, nth: int, times: int) -> None:
+        """Each time the first reply is lost, and the worker asks again under the old lease."""
+        lease = self.model.leases[nth % len(self.model.leases)]
+        work_id, serial, worker = lease.work_id, lease.serial, lease.worker
+        for _ in range(times):
+            renewed = self.renew_for(worker, work_id, serial)
+            assert self.renew_for(worker, work_id, serial) == renewed
+            if renewed is None:
+                break
+            serial = renewed
+            met["renewed"] += 1
+
+    def renew_for(self, worker: str, work_id: int, serial: int, again: bool = True) -> int | None:
+        lease = self.model.find(work_id, serial)
+        line = self.model.lines[work_id]
+        renewal = self.queue.renew(work_id, serial, worker, CRASH, self.now, again=again)
+        assert renewal.ended == (lease is not None)
+        told = parse_lease_id(renewal.lease) if renewal.lease is not None else None
+        if lease is None:
+            assert self.take_events() == []
+            own = [x.serial for x in line.held if x.worker == worker != "" and x.serial > serial]
+            assert told == ((work_id, own[-1]) if own else None)
+        elif self.model.renew(lease, worker, again):
+            assert told is not None
+            assert told[0] == work_id
+            events = self.take_events()
+            assert [type(event) for event in events] == [LeaseEnded, Issued]
+            assert told not in [(x, y) for _, x, y in self.grants], "a lease id is used again"
+            self.model.grant_renewed(lease, told[1], self.now)
+            self.grants.append((worker, *told))
+        else:
+            assert told is None
+            assert [type(event) for event in self.take_events()] == [LeaseEnded]
+        assert told is None or renewal.attempt == line.attempt
+        return told[1] if told else None
 
     @precondition(lambda self: self.model.leases)
     @rule(nth=some, kind=st.sampled_from(["crash", "crash", "task_retry"]))

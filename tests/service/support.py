@@ -189,6 +189,11 @@ async def release_first(service: DispatchService, items: list[WorkItem]) -> Any:
     return await service.release([give_back(items[0])])
 
 
+async def renew_first(service: DispatchService, items: list[WorkItem]) -> Any:
+    renewing = ReleaseItem(items[0].work_id, items[0].lease, False, CRASH, renew=True)
+    return await service.take_back([renewing], "w")
+
+
 async def fail_first(service: DispatchService, items: list[WorkItem]) -> Any:
     return await service.submit([answer(items[0], "not json")])
 
@@ -208,6 +213,7 @@ VERBS = [
     ask_for_work,
     submit_first,
     release_first,
+    renew_first,
     fail_first,
     record_first,
     beat_without_old_lease,

@@ -6,7 +6,9 @@ import asyncio
 import json
 from dataclasses import replace
 from random import Random
+from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
@@ -626,3 +628,81 @@ def test_the_history_tells_of_lines_that_needed_more_than_one_attempt(
     assert [(a["attempt"], a["worker"], a["kind"]) for a in told["attempts"]] == [
         (1, "node1", "charged")
     ]
+
+
+# -------------------------------------------------------------------- an engine that died
+
+
+def renewing(item: WorkItem, **fields: Any) -> ReleaseItem:
+    release = ReleaseItem(item.work_id, item.lease, False, "crash", renew=True)
+    return msgspec.structs.replace(release, **fields)
+
+
+def test_a_renewed_lease_is_on_disk_when_the_reply_leaves_and_survives_a_restart(
+    settings: RunSettings,
+) -> None:
+    give_input(settings, 2)
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            items = await take(service, 2)
+            reply = await service.take_back([renewing(item) for item in items], "w")
+            assert reply.released_count == 2
+            before = durable(service)
+        async with serving(settings) as service:
+            assert durable(service)["items"] == before["items"]
+            again = await service.take_back([renewing(item) for item in items], "w")
+            assert (again.released_count, again.renewed) == (0, reply.renewed)
+            assert await take(service, 9) == []
+            assert service.queue.counters.crashed == 2
+            for item, grant in zip(items, reply.renewed or (), strict=True):
+                item.lease = grant.renewed
+            await service.submit([answer(item) for item in items])
+            await completed(service)
+
+    run(scenario())
+    assert output(settings) == expected(range(2))
+
+
+def test_a_server_that_ends_renews_nothing_but_tells_what_it_renewed(
+    settings: RunSettings,
+) -> None:
+    give_input(settings, 2)
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            before, after = await take(service, 2)
+            told = await service.take_back([renewing(before)], "w")
+            await service.drain()
+
+            assert await service.take_back([renewing(before)], "w") == msgspec.structs.replace(
+                told, released_count=0
+            )
+            assert (await service.take_back([renewing(after)], "w")).renewed is msgspec.UNSET
+            assert service.queue.counters.crashed == 2
+
+    run(scenario())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"reason": "sigterm"},
+        {"charge": True},
+        {"steps": "drop"},
+        {"keep_yields": 1},
+        {"fresh_start": True},
+        {"renew": False},
+    ],
+)
+def test_only_a_plain_crash_is_renewed(settings: RunSettings, fields: dict[str, Any]) -> None:
+    give_input(settings, 1)
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            (item,) = await take(service, 1)
+            reply = await service.take_back([renewing(item, **fields)], "w")
+            assert (reply.released_count, reply.renewed) == (1, msgspec.UNSET)
+            assert not service.queue.leases
+
+    run(scenario())

@@ -49,6 +49,15 @@ class WorkSource(ABC):
     async def finish(self, assignment: Assignment, attempt: Attempt, outcome: Outcome) -> None:
         """Take the end of an attempt; returns at once, reporting goes on in the background."""
 
+    async def crashed(self, assignments: list[Assignment]) -> list[Assignment]:
+        """The model server died or hung while it answered requests of these started items.
+
+        Returns those that may go on, asking again what was not answered. The source has forgotten
+        the others, and the caller ends them: they are to run alone, or their attempt is over. A
+        source whose items are nobody else's keeps all.
+        """
+        return assignments
+
     @abstractmethod
     async def give_back(self, assignments: list[Assignment], reason: str) -> None:
         """Give items back unfinished and uncharged, also those not handed to the manager yet."""

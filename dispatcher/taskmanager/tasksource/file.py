@@ -65,10 +65,9 @@ class ServiceLink:
         """Give items back."""
         by_id = [ReleaseItem(work_id, steps="drop") for work_id in work_ids]
         try:
-            count = await self._service.release([*by_id, *items])
+            return await self._service.take_back([*by_id, *items], self._worker)
         except StorageFullError:
             return ReleaseWorkResponse(WorkStatus.SERVER_UNAVAILABLE)
-        return ReleaseWorkResponse(WorkStatus.OK, count)
 
     async def record_steps(self, steps: Sequence[StepItem]) -> StepsResponse:
         """Hand in what running items' tasks were answered."""

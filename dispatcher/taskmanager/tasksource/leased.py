@@ -11,11 +11,13 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from random import Random
 from typing import Protocol
 
 from dispatcher.core.backoff import delay_s
+from dispatcher.core.work_queue import CRASH
 from dispatcher.errors import ServerLostError
 from dispatcher.models import (
     BatchResultResponse,
@@ -25,6 +27,7 @@ from dispatcher.models import (
     Outcome,
     ReleaseItem,
     ReleaseWorkResponse,
+    RenewedLease,
     StepItem,
     StepsResponse,
     WorkerStats,
@@ -51,6 +54,7 @@ POLL_S = 20.0
 
 _GIVE_BACK_S = 2.5
 _GIVE_STEPS_S = 1.0
+_TELL_CRASH_S = 10.0
 _STEP_TRIES = 3
 _REPORT_ITEMS = 1024
 _REPORT_CHARACTERS = 8 << 20  # at most 4 bytes each, and escapes; a body may have 64 MiB
@@ -82,6 +86,21 @@ class Link(Protocol):
 
     async def close(self) -> None:
         """Let go of connections."""
+
+
+@dataclass(slots=True, eq=False)
+class _CrashReport:
+    """One crash of an engine: how many of its items the server has still to be told of."""
+
+    open: int = 0
+    dropped: list[Assignment] = field(default_factory=list)
+    is_settled: asyncio.Event = field(default_factory=asyncio.Event)
+    is_awaited: bool = True
+
+    def note_one_settled(self) -> None:
+        self.open -= 1
+        if not self.open:
+            self.is_settled.set()
 
 
 class LeasedSource(WorkSource):
@@ -117,6 +136,7 @@ class LeasedSource(WorkSource):
         self._buffer: deque[Assignment] = deque()
         self._results: deque[WorkItem] = deque()
         self._releases: deque[ReleaseItem] = deque()
+        self._crashes: deque[tuple[Assignment, _CrashReport]] = deque()
         self._complete = False
         self._closing = False
         self._failure: BaseException | None = None
@@ -191,23 +211,43 @@ class LeasedSource(WorkSource):
                     self._queue_release(item, reason, keep_yields=kept)
         self._something_to_send.set()
 
+    async def crashed(self, assignments: list[Assignment]) -> list[Assignment]:
+        """Tell the server, which counts the crash, and keep what it leases to this worker again.
+
+        While the server does not answer, all go on: the exchange tries again until it is told,
+        under whichever lease the item has by then, and cancels what is not renewed. What ended
+        meanwhile is not told of any more. An older server takes back all that it is told of, and
+        one that grants no leases cannot be told.
+        """
+        report = _CrashReport()
+        for assignment in assignments:
+            held = self._held.get(assignment.key) is assignment
+            if held and assignment.item is not None and assignment.item.lease is not None:
+                self._crashes.append((assignment, report))
+                report.open += 1
+        if report.open:
+            self._something_to_send.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(report.is_settled.wait(), _TELL_CRASH_S)
+        report.is_awaited = False
+        return [each for each in assignments if each not in report.dropped]
+
     async def give_back(self, assignments: list[Assignment], reason: str) -> None:
         """Report what is finished and release the rest, within a few seconds."""
         self._closing = True
         for task in (self._exchange, self._poll, self._recording):
             if task is not None:
                 task.cancel()
-        started = {assignment.key for assignment in assignments}
-        finished = {item.lease for item in self._results}
-        for key, assignment in list(self._held.items()):
-            if key not in finished and assignment.item is not None:
-                why = reason if key in started else "the worker was stopped"
-                self._queue_release(assignment.item, why, charge=False)
         try:
             async with asyncio.timeout(_GIVE_BACK_S):
                 with contextlib.suppress(TimeoutError):  # they are worth less than what follows
                     async with asyncio.timeout(_GIVE_STEPS_S):
                         await self._recorder.flush()
+                # Before the releases: the reply to an earlier call may have been lost, and then
+                # the leases to give back are others.
+                while self._crashes and await self._send_crashes():
+                    pass
+                self._release_all(assignments, reason)
                 while self._results and await self._send_results():
                     pass
                 while self._releases and await self._send_releases():
@@ -215,6 +255,16 @@ class LeasedSource(WorkSource):
         except TimeoutError:
             log.warning("the server did not take back what this worker held; its lease will end")
         await self._link.close()
+
+    def _release_all(self, assignments: list[Assignment], reason: str) -> None:
+        started = {id(assignment) for assignment in assignments}
+        finished = {item.lease for item in self._results}
+        crashed = {id(assignment) for assignment, _ in self._crashes}
+        for key, assignment in list(self._held.items()):
+            if key not in finished and assignment.item is not None:
+                why = reason if id(assignment) in started else "the worker was stopped"
+                why = CRASH if id(assignment) in crashed else why
+                self._queue_release(assignment.item, why, charge=False)
 
     async def close(self) -> None:
         """Return when everything finished so far is reported."""
@@ -267,12 +317,15 @@ class LeasedSource(WorkSource):
             if self._results:
                 sent = await self._send_results() and sent
             # Steps are lost with their lease; but a call that saves work may hold up none for ever.
-            if self._releases and steps_failed % _STEP_TRIES == 0:
-                sent = await self._send_releases() and sent
+            if steps_failed % _STEP_TRIES == 0:
+                if self._crashes:
+                    sent = await self._send_crashes() and sent
+                if self._releases:
+                    sent = await self._send_releases() and sent
             if not sent:
                 await self._wait_for_server()
                 self._something_to_send.set()
-            elif self._results or self._releases:
+            elif self._results or self._releases or self._crashes:
                 self._something_to_send.set()
             elif self._need() and self._poll is None:
                 self._poll = asyncio.ensure_future(self._poll_once())
@@ -281,6 +334,7 @@ class LeasedSource(WorkSource):
     async def _send_last_steps(self) -> bool:
         """Send the steps whose lease is about to end: it takes none after that."""
         ending = {item.lease for item in self._results} | {item.lease for item in self._releases}
+        ending |= {assignment.item.lease for assignment, _ in self._crashes}
         return not self._recorder.is_waiting_for(ending) or await self._recorder.flush(ending)
 
     async def _send_results(self) -> bool:
@@ -315,6 +369,71 @@ class LeasedSource(WorkSource):
         for _ in batch:
             self._releases.popleft()
         return True
+
+    async def _send_crashes(self) -> bool:
+        """Tell of crashes, each lease once a call: one that crashed twice is told of twice."""
+        batch: dict[str, tuple[Assignment, _CrashReport]] = {}
+        for assignment, report in list(self._crashes)[:_REPORT_ITEMS]:
+            if assignment.key in batch:
+                break
+            batch[assignment.key] = assignment, report
+        releases = [
+            ReleaseItem(assignment.item.work_id, lease, charge=False, reason=CRASH, renew=True)
+            for lease, (assignment, _) in batch.items()
+            if self._held.get(lease) is assignment
+        ]
+        renewed: dict[str, RenewedLease] = {}
+        if releases:
+            # A step that came between the end of the old lease and the news of the new one would
+            # be refused, and none after it be recorded.
+            with self._recorder.holding(batch.keys()):
+                reply = await self._link.release_work(items=releases)
+                if reply.status is WorkStatus.SERVER_UNAVAILABLE:
+                    return False
+                renewed = {each.lease: each for each in reply.renewed or ()}
+                for lease, (assignment, report) in batch.items():
+                    self._settle_crash(assignment, report, renewed.get(lease))
+            self._server_answered()
+        else:
+            for assignment, report in batch.values():
+                self._settle_crash(assignment, report, None)
+        for _ in batch:
+            self._crashes.popleft()
+        return True
+
+    def _settle_crash(
+        self, assignment: Assignment, report: _CrashReport, renewed: RenewedLease | None
+    ) -> None:
+        report.note_one_settled()
+        item, old = assignment.item, assignment.key
+        is_held = self._held.get(old) is assignment
+        if renewed is None or renewed.renewed in self._held:
+            if is_held and not any(result is item for result in self._results):
+                report.dropped.append(assignment)
+                self._forget(assignment)
+                if not report.is_awaited and assignment.cancel is not None:
+                    assignment.cancel()
+            return
+        if not is_held:
+            self._pass_on(renewed)
+            return
+        assignment.key = item.lease = renewed.renewed
+        item.attempt = renewed.attempt
+        assignment.progress = max(1, assignment.progress)
+        # The heartbeats' thread may see it twice for a moment, but never not at all.
+        self._held[assignment.key] = assignment
+        self._held.pop(old, None)
+        self._recorder.rename(old, item)
+
+    def _pass_on(self, renewed: RenewedLease) -> None:
+        """The item ended here before the news of its new lease: that one is what is to be ended."""
+        for release in self._releases:
+            if release.lease == renewed.lease:
+                release.lease = renewed.renewed
+                return
+        self._releases.append(
+            ReleaseItem(renewed.work_id, renewed.renewed, charge=False, reason="not held any more")
+        )
 
     async def _poll_once(self) -> None:
         """Ask for work when no result carries the question."""
@@ -386,12 +505,15 @@ class LeasedSource(WorkSource):
         release.keep_yields, release.fresh_start = keep_yields, fresh_start
         self._releases.append(release)
 
-    def _drop(self, assignment: Assignment) -> None:
+    def _forget(self, assignment: Assignment) -> None:
         self._held.pop(assignment.key, None)
         if assignment.item is not None:
             self._recorder.forget(assignment.item)
         if assignment in self._buffer:
             self._buffer.remove(assignment)
+
+    def _drop(self, assignment: Assignment) -> None:
+        self._forget(assignment)
         if assignment.cancel is not None:
             assignment.cancel()
 
