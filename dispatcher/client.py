@@ -47,6 +47,13 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 
 DEFAULT_TIMEOUT_S = 60.0
+RENEW_TIMEOUT_S = 10.0
+"""How long a release that renews leases waits for its reply, at most.
+
+When that is lost nobody knows the new leases, and no heartbeat names them, so that they live for
+one lease term (30 s unless the server is told otherwise). The call must be made again before.
+"""
+
 _MAYBE_ELSEWHERE = (401, 404)
 _LATER = (408, 425, 429)
 _WHICH_TOKEN = (
@@ -219,6 +226,9 @@ class Wire:
     ) -> Call[ReleaseWorkResponse]:
         """Give items back unfinished."""
         body = ReleaseWorkRequest(list(work_ids), list(items), worker)
+        timeout_s = self._timeout_s
+        if any(item.renew for item in body.items):
+            timeout_s = min(timeout_s, RENEW_TIMEOUT_S)
         return Call(
             "POST",
             "/release",
@@ -226,7 +236,7 @@ class Wire:
             ReleaseWorkResponse,
             ReleaseWorkResponse(WorkStatus.SERVER_UNAVAILABLE),
             ReleaseWorkResponse(WorkStatus.SERVER_UNAVAILABLE),
-            self._timeout_s,
+            timeout_s,
         )
 
     def heartbeat(self, request: HeartbeatRequest) -> Call[HeartbeatResponse]:

@@ -71,10 +71,35 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", HelpFormatter)
         options.setdefault("allow_abbrev", False)
         super().__init__(**options)
+        self.sections: tuple[str, ...] = ()
+
+    def add_sections(self, *names: str) -> None:
+        """Let a file hold these beside the options; they are taken as they stand there.
+
+        Each is an attribute of the parsed options; None where no file has it.
+        """
+        self.sections += names
+        self.set_defaults(**dict.fromkeys(names))
 
     def error(self, message: str) -> NoReturn:
         """End the command with one sentence; the usage is long, and --help shows it."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+class OwnList(argparse._AppendAction):
+    """A repeatable option whose flags replace the list that stands in a file."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Take one more value."""
+        if getattr(namespace, self.dest) is self.default:
+            setattr(namespace, self.dest, [])
+        super().__call__(parser, namespace, values, option_string)
 
 
 def parse(
@@ -127,6 +152,11 @@ def _set_defaults(parser: Parser, options: Mapping[Any, Any], source: str) -> No
         if option.startswith("--") and option not in NOT_IN_A_FILE
     }
     for key, value in options.items():
+        if key in parser.sections:
+            if value is None:
+                raise UsageError(f"{source}: the section {key} is empty; fill it or leave it out")
+            parser.set_defaults(**{key: value})
+            continue
         action = actions.get(str(key).replace("-", "_"))
         if action is None:
             raise UsageError(f"{source}: unknown option {key!r}; see --help for the names")

@@ -12,6 +12,9 @@ DispatcherError                 exit code 1
 ├── BadRequestError             a client sent something the protocol does not allow (400)
 ├── AccessDeniedError           a server wants another token than it was shown (401, 403)
 ├── BackendError                a model server cannot be started or used
+│   ├── BackendRefusalError     it refuses whatever this run asks: starting again is in vain
+│   │   └── AuthenticationError   it refused the API key (401)
+│   └── QuotaExhaustedError     exit code 3: its quota is used up; go on when there is more
 ├── ServerLostError             exit code 5: the dispatcher server stayed away too long
 └── TaskError                   raised by tasks, caught where a task is run
     ├── TaskFailed              this item's result is an `__ERROR__` line
@@ -86,6 +89,30 @@ class AccessDeniedError(DispatcherError):
 
 class BackendError(DispatcherError):
     """A model server cannot be started or used."""
+
+
+class BackendRefusalError(BackendError):
+    """A model server refuses everything that this run asks of it, the model's name say.
+
+    Only another command, or another environment, helps.
+    """
+
+
+class AuthenticationError(BackendRefusalError):
+    """A model server refused the API key, so every further request would be refused as well.
+
+    The message names the server's URL and the variable that should hold the key, never the key.
+    """
+
+
+class QuotaExhaustedError(BackendError):
+    """A hosted model server answers nothing more until its quota, of a day say, is renewed.
+
+    Nothing is wrong with the items: the worker gives them back uncharged and stops. The message
+    says when to go on, where the server told.
+    """
+
+    exit_code = ExitCode.STOPPED
 
 
 class ServerLostError(DispatcherError):

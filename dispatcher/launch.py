@@ -29,10 +29,17 @@ from dispatcher.config import (
     number,
     run_settings_of,
 )
-from dispatcher.errors import BackendError, DispatcherError, ExitCode, UsageError
-from dispatcher.progress import Display, clock, make_display
+from dispatcher.errors import (
+    BackendError,
+    DispatcherError,
+    ExitCode,
+    QuotaExhaustedError,
+    UsageError,
+)
+from dispatcher.progress import Display, clock, make_display, model_lines
 from dispatcher.run_command import (
     LOCAL_RUN,
+    Handed,
     Start,
     add_resume_options,
     handing_over,
@@ -43,11 +50,15 @@ from dispatcher.run_command import (
 from dispatcher.server_file import TOKEN_VARIABLE, server_file_in
 from dispatcher.storage.files import Files
 from dispatcher.storage.run_state import SPOOL_FILE, load_run_file
+from dispatcher.taskmanager.backend.gpus import slice_environment
+from dispatcher.taskmanager.backend.making import check_keys, gpus_needed
+from dispatcher.taskmanager.backend.options import add_backend_options, sections_of
 from dispatcher.taskmanager.backend.process import ServerProcess
+from dispatcher.taskmanager.backend.reading import backends_of
 from dispatcher.taskmanager.cli import (
-    add_backend_options,
+    REFUSED,
+    STOPPED,
     add_task_options,
-    check_backend,
     describe_command,
 )
 
@@ -101,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     noted: Path | None = None
     try:
         start = read_start(LOCAL_RUN, build_parser(), argv)
-        _check(start)
+        slices = _check(start)
         command = describe_command(start)
         if command is not None:
             note_start(run_settings_of(start.args, start.args.input, start.args.output, command))
@@ -109,8 +120,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # This run has a token of its own, which its processes find in server.json; another's is
         # none of their business, let alone of the model servers that they start.
         os.environ.pop(TOKEN_VARIABLE, None)
-        with handing_over(command, start.args.accept_changes) as (environment, task_args):
-            return uvloop.run(LocalRun(start.args, environment, task_args).run())
+        sections = sections_of(start.args)
+        with handing_over(command, start.args.accept_changes, sections) as handed:
+            return uvloop.run(LocalRun(start.args, handed, slices).run())
     except DispatcherError as error:
         print(f"dispatcher run: {error}", file=sys.stderr)
         return error.exit_code
@@ -120,18 +132,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.STOPPED
 
 
-def _check(start: Start) -> None:
-    """Refuse what cannot work before any process is started."""
+def _check(start: Start) -> list[dict[str, str]]:
+    """Refuse what cannot work before any process is started.
+
+    Return what each task manager has in its environment.
+    """
     args = start.args
-    check_backend(argparse.Namespace(**vars(args)))
+    backends = backends_of(args, os.environ)
     if start.is_complete:
-        return
+        return []
+    check_keys(backends, os.environ)
     state_dir = _state_dir_of(args)
     if not args.input.exists() and not (state_dir / SPOOL_FILE).exists():
         raise UsageError(f"cannot read the input {args.input}: there is no such file")
     if args.input.is_char_device() or args.input.absolute().is_relative_to("/dev"):
         # It is read by a server process whose standard input is not this command's.
         raise UsageError(f"the input {args.input} is not a file; write it to one first")
+    return _slices(args.task_managers, gpus_needed(backends))
+
+
+def _slices(task_managers: int, gpus_each: int) -> list[dict[str, str]]:
+    """Share the GPUs of this machine out among the task managers; one alone has them all."""
+    if task_managers == 1 or gpus_each == 0:
+        return [{} for _ in range(task_managers)]
+    return [slice_environment(os.environ, place, gpus_each) for place in range(task_managers)]
 
 
 def _state_dir_of(args: argparse.Namespace) -> Path:
@@ -166,6 +190,12 @@ class Child:
     def _make_process(self) -> ServerProcess:
         return ServerProcess(self.name, self.argv, self.log_path, self.environment)
 
+    @property
+    def stopped_by_itself(self) -> bool:
+        """Whether it ended to be gone on with later, and not because of a signal."""
+        stopped = self.process.exit_code == ExitCode.STOPPED
+        return stopped and not self.last_words().startswith(STOPPED)
+
     def last_words(self) -> str:
         """Return what it said last, without the name it says it under."""
         lines = [line for line in self.process.last_lines().splitlines() if line.strip()]
@@ -177,24 +207,25 @@ class Child:
 class LocalRun:
     """The processes of one run, from start to end.
 
-    The server needs `environment` to know what it is part of; `task_args` is a file of the task's
-    arguments, wherever they came from.
+    `handed` are the files its processes go by, `slices` what is set in the environment of each
+    task manager.
     """
 
     def __init__(
         self,
         args: argparse.Namespace,
-        environment: Mapping[str, str] | None = None,
-        task_args: Path | None = None,
+        handed: Handed | None = None,
+        slices: Sequence[Mapping[str, str]] = (),
     ) -> None:
         self._args = args
-        self._task_args = task_args
+        self._handed = handed = handed or Handed()
+        self._slices = slices
         self._state_dir = _state_dir_of(args)
         self._log_dir = args.log_dir or self._state_dir / "logs"
         # Where the server is and what token it wants: read again when it was started again.
         self._address = f"@{server_file_in(self._state_dir)}"
         self._server = Child(
-            "the server", self._server_argv(), self._log("server"), environment or {}
+            "the server", self._server_argv(), self._log("server"), handed.environment
         )
         self._workers: list[Child] = []
         self._client: AsyncWorkClient | None = None
@@ -241,7 +272,8 @@ class LocalRun:
         for number_ in range(self._args.task_managers):
             name = f"task-manager-{number_}"
             argv = self._worker_argv(self._log_dir / name)
-            self._workers.append(Child(name, argv, self._log(name)))
+            environment = self._slices[number_] if self._slices else {}
+            self._workers.append(Child(name, argv, self._log(name), environment))
         for worker in self._workers:
             await worker.start()
 
@@ -269,9 +301,12 @@ class LocalRun:
 
     async def _mend(self) -> None:
         """Start a process that died again, a few times; give up on one that never worked."""
+        self._check_quota()
         for child in (self._server, *self._workers):
             code = child.process.exit_code
             if code is None or (code == ExitCode.COMPLETE and child is not self._server):
+                continue
+            if child is not self._server and child.stopped_by_itself:
                 continue
             if child is self._server and code == ExitCode.COMPLETE:
                 self._status["state"] = "complete"
@@ -279,6 +314,7 @@ class LocalRun:
             # The server did, or there would be no worker; it may have died before its first answer.
             never_worked = child is not self._server and not self._status.get("next_work_id")
             in_vain = child.restarts >= _RESTARTS and child.run_had == self._got_on()
+            in_vain = in_vain or child.last_words().startswith(REFUSED)
             if in_vain or code == ExitCode.USAGE or never_worked:
                 raise DispatcherError(
                     f"{child.name} ended with exit code {code}: {child.last_words()} "
@@ -288,6 +324,16 @@ class LocalRun:
             self._display.note(f"{child.name} ended with exit code {code}; starting it again")
             await asyncio.sleep(_RESTART_DELAY_S)
             await child.start()
+
+    def _check_quota(self) -> None:
+        """Raise QuotaExhaustedError once all workers ended, one because its quota is used up."""
+        stopped = [worker for worker in self._workers if worker.stopped_by_itself]
+        if stopped and not self._running_workers():
+            ended = {worker.process.exit_code for worker in self._workers}
+            if ended <= {ExitCode.COMPLETE, ExitCode.STOPPED}:
+                raise QuotaExhaustedError(
+                    f"{stopped[0].last_words()} (go on with: {self._resume_hint})"
+                )
 
     def _got_on(self) -> int:
         """Return a figure that grows whenever an item comes nearer to its end."""
@@ -321,6 +367,8 @@ class LocalRun:
             f"{summary.get('charged', 0)} charged reissues, {tokens} tokens generated, "
             f"in {clock(seconds)}: {self._args.output}"
         )
+        for line in model_lines(summary):
+            self._display.note(line)
         if mismatches := summary.get("step_mismatches", 0):
             self._display.note(
                 f"{mismatches} times a task that was begun again asked something else than was "
@@ -356,8 +404,10 @@ class LocalRun:
         add_task_options(forwarded)
         add_backend_options(forwarded)
         changed: dict[str, Any] = {"log_dir": log_dir}
-        if self._task_args is not None:
-            changed |= {"task_args": self._task_args, "task_arg": []}
+        if self._handed.task_args is not None:
+            changed |= {"task_args": self._handed.task_args, "task_arg": []}
         options = argparse.Namespace(**{**vars(self._args), **changed})
         command = [sys.executable, "-m", "dispatcher.taskmanager.cli"]
+        if self._handed.config is not None:
+            command.append(f"--config={self._handed.config}")
         return [*command, f"--dispatcher={self._address}", *argv_of(forwarded, options)]

@@ -90,9 +90,9 @@ class Start:
         args = task.get("args") if isinstance(task, dict) else None
         return dict(args) if isinstance(args, dict) else {}
 
-    def record(self, option: str, value: str) -> None:
+    def record(self, option: str, value: Any) -> None:
         """Keep a value that came from elsewhere, the environment say, as if it had been given."""
-        self.options[option], left_out = _without_secrets(value)
+        self.options[option], left_out = _cleaned(value)
         self.left_out += [f"{secret} of {option}" for secret in left_out]
 
     def describe(
@@ -173,16 +173,31 @@ def resume_hint(program: str, state_dir: Path) -> str:
 # -------------------------------------------------------------------- from parent to child
 
 
+@dataclass(frozen=True, slots=True)
+class Handed:
+    """What the processes of a `dispatcher run` are given beside flags.
+
+    `environment` is the server's. `task_args` is a file of the task's arguments, `config` one of
+    the sections of `--config`; each is None where there is nothing in it.
+    """
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    task_args: Path | None = None
+    config: Path | None = None
+
+
 @contextmanager
 def handing_over(
-    command: Mapping[str, Any] | None, accept_changes: bool
-) -> Iterator[tuple[dict[str, str], Path | None]]:
-    """Keep, in a private file, what the server of a `dispatcher run` writes into run.yaml.
+    command: Mapping[str, Any] | None,
+    accept_changes: bool,
+    sections: Mapping[str, Any] | None = None,
+) -> Iterator[Handed]:
+    """Keep in private files what the server writes into run.yaml, and what workers go by.
 
-    Yield the environment by which the server finds it, and a file of the task's arguments.
+    `sections` are those of `--config` as they stand there, with the secrets that run.yaml lacks.
     """
     if command is None:
-        yield {}, None
+        yield Handed()
         return
     with tempfile.TemporaryDirectory(prefix="dispatcher-run-") as directory:
         content = {"command": dict(command), "accept": accept_changes}
@@ -191,7 +206,11 @@ def handing_over(
         handed.write_text(yaml.safe_dump(content, sort_keys=False))
         task_args = Path(directory) / "task-args.yaml"
         task_args.write_text(yaml.safe_dump(args, sort_keys=False))
-        yield {_HANDED_OVER: str(handed)}, task_args
+        config: Path | None = None
+        if sections:
+            config = Path(directory) / "config.yaml"
+            config.write_text(yaml.safe_dump(dict(sections), sort_keys=False))
+        yield Handed({_HANDED_OVER: str(handed)}, task_args, config)
 
 
 def take_handed_over() -> tuple[dict[str, Any], bool] | None:
@@ -310,20 +329,37 @@ def _make_paths_absolute(args: argparse.Namespace) -> None:
 
 
 def _recorded_options(parser: Parser, args: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """Return every option with its value, and the names of the secrets that were left out."""
+    """Return every option and section, and the names of the secrets that were left out."""
     options: dict[str, Any] = {}
     left_out: list[str] = []
-    for action in parser._actions:
-        if not action.option_strings or action.dest in _NOT_OPTIONS:
+    named = {
+        action.dest: action.option_strings[0]
+        for action in parser._actions
+        if action.option_strings and action.dest not in _NOT_OPTIONS
+    }
+    for dest, name in [*named.items(), *((name, name) for name in parser.sections)]:
+        value = getattr(args, dest)
+        if value is None and dest in parser.sections:
             continue
-        value = getattr(args, action.dest)
-        if isinstance(value, Path):
-            value = str(value.absolute())
-        elif isinstance(value, str):
-            value, secrets = _without_secrets(value)
-            left_out += [f"{secret} of {action.option_strings[0]}" for secret in secrets]
-        options[action.dest] = value
+        options[dest], secrets = _cleaned(value)
+        left_out += [f"{secret} of {name}" for secret in secrets]
     return options, left_out
+
+
+def _cleaned(value: Any) -> tuple[Any, list[str]]:
+    """Return a value as run.yaml keeps it, and the secrets that were left out, at any depth."""
+    if isinstance(value, Path):
+        return str(value.absolute()), []
+    if isinstance(value, str):
+        return _without_secrets(value)
+    if isinstance(value, list):
+        parts = [_cleaned(part) for part in value]
+        return [part for part, _ in parts], [name for _, names in parts for name in names]
+    if isinstance(value, dict):
+        cleaned = {key: _cleaned(part) for key, part in value.items()}
+        left_out = [f"{name} of {key}" for key, (_, names) in cleaned.items() for name in names]
+        return {key: part for key, (part, _) in cleaned.items()}, left_out
+    return value, []
 
 
 def _without_secrets(text: str) -> tuple[str, list[str]]:

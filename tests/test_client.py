@@ -25,6 +25,7 @@ from dispatcher.models import (
     Outcome,
     ReleaseItem,
     ReleaseWorkResponse,
+    RenewedLease,
     WorkItem,
     WorkStatus,
 )
@@ -272,6 +273,26 @@ def test_releases_go_by_id_or_one_by_one_with_lease_and_charge(send: Send, serve
         "worker": "w 1",
     }
     assert reply == ReleaseWorkResponse(WorkStatus.OK, 2)
+
+
+@both
+def test_a_crash_may_ask_for_new_leases_and_is_told_which(send: Send, server: Script) -> None:
+    grant = b'{"work_id": 4, "lease": "4.2", "renewed": "4.7", "attempt": 1}'
+    server.replies = [
+        (200, b'{"status": "OK", "released_count": 1, "renewed": [' + grant + b"]}"),
+        (200, b'{"status": "OK", "released_count": 1}'),
+    ]
+    item = ReleaseItem(4, "4.2", False, "crash", renew=True)
+
+    renewed, of_an_older_server = send(
+        server.address, lambda c: [c.release_work(items=[item]) for _ in range(2)]
+    )
+
+    assert server.sent["items"] == [
+        {"work_id": 4, "lease": "4.2", "charge": False, "reason": "crash", "renew": True}
+    ]
+    assert renewed.renewed == [RenewedLease(4, "4.2", "4.7", 1)]
+    assert not of_an_older_server.renewed
 
 
 @both

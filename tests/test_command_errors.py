@@ -166,6 +166,41 @@ def test_an_unknown_key_of_a_configuration_file_is_named(infile: Path, tmp_path:
     assert_one_sentence(stderr, "max_retrys", "config.yaml")
 
 
+@pytest.mark.parametrize("command", [file_mode, local_run])
+@pytest.mark.parametrize(
+    ("content", "flags", "words"),
+    [
+        ("backends: {a: {kind: fake, modle: x}}", [], ["backends.a", "'modle'", "model"]),
+        ("backends: {a: {kind: fake}}", ["--model", "m"], ["--model", "section backends"]),
+        ("models_to_run: [{name: a}]", ["--backend", "fake"], ["models_to_run", "hosted"]),
+        ("concurrency: {max: 3}", ["--backend", "fake"], ["concurrency", "'max'"]),
+        ("generation: {seed: 1}", ["--backend", "cerebras"], ["--backend cerebras", "--model"]),
+        (
+            "generation: {seed: 1}",
+            ["--backend", "cerebras", "--model", "m", "--api-key-env", "NOT_SET_ANYWHERE"],
+            ["NOT_SET_ANYWHERE", "not set"],
+        ),
+    ],
+)
+def test_model_servers_that_cannot_be_used_are_named_before_anything_is_begun(
+    command: object,
+    content: str,
+    flags: list[str],
+    words: Sequence[str],
+    infile: Path,
+    tmp_path: Path,
+) -> None:
+    assert callable(command)
+    config = tmp_path / "config.yaml"
+    config.write_text(content)
+    whole = [word for word in command(infile, tmp_path / "out.jsonl") if word != "--backend"]
+    whole.remove("fake")
+    code, stderr = ended(*whole, "--config", config, *flags)
+    assert code == 2
+    assert_one_sentence(stderr, *words)
+    assert not (tmp_path / "out.jsonl.dispatch").exists()
+
+
 def test_an_option_that_cannot_be_right_is_named_without_a_page_of_usage(
     infile: Path, tmp_path: Path
 ) -> None:

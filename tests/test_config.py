@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dispatcher.config import (
+    OwnList,
     Parser,
     add_run_limits,
     argv_of,
@@ -188,6 +189,46 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(UsageError, match="is not YAML"):
         parse(parser_of(), [f"--config={path}"])
+
+
+# --- sections -----------------------------------------------------------------------------------
+
+
+def test_a_section_is_taken_as_it_stands_in_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "it.yaml"
+    path.write_text("name: n\nmodels: [{a: 1}]\n")
+    parser = parser_of()
+    parser.add_sections("models", "limits")
+    args = parse(parser, ["--config", str(path)])
+    assert args.models == [{"a": 1}]
+    assert args.limits is None
+
+
+def test_an_empty_section_and_one_of_another_command_are_named(read: Read, tmp_path: Path) -> None:
+    assert "unknown option 'models'" in refusal(read, "name: n\nmodels: [a]\n")
+    path = tmp_path / "empty.yaml"
+    path.write_text("models:\n")
+    parser = parser_of()
+    parser.add_sections("models")
+    with pytest.raises(UsageError, match=r"empty\.yaml: the section models is empty"):
+        parse(parser, ["--config", str(path)])
+
+
+def test_flags_of_an_own_list_replace_the_one_of_the_file(tmp_path: Path) -> None:
+    def read_list(*flags: str) -> list[str]:
+        parser = parser_of()
+        parser.add_argument("--url", action=OwnList, default=[])
+        found = parse(parser, ["--name", "n", "--config", str(path), *flags]).url
+        assert isinstance(found, list)
+        return found
+
+    path = tmp_path / "it.yaml"
+    path.write_text("url: [a, b]\n")
+    assert read_list() == ["a", "b"]
+    assert read_list("--url", "c") == ["c"]
+    assert read_list("--url", "c", "--url=d") == ["c", "d"]
+    path.write_text("")
+    assert read_list("--url", "c", "--url=d") == ["c", "d"]
 
 
 # --- flags --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from dispatcher.client import WorkClient
 from dispatcher.errors import BadRequestError
@@ -45,6 +46,7 @@ def load_example(name: str) -> ModuleType:
 
 chat_task = load_example("chat_task")
 example_task = load_example("example_task")
+generator_and_judge = load_example("generator_and_judge")
 inference = load_example("inference")
 
 
@@ -142,6 +144,29 @@ def test_the_chat_task_takes_max_tokens_from_its_parameters(
     monkeypatch.setattr(chat_task.ChatTask, "args", {"max_tokens": 7})
     (request,) = drive(chat_task.ChatTask(line(), context()), "Light scatters.")
     assert request.content["max_tokens"] == 7
+
+
+def test_the_generator_and_the_judge_are_asked_by_their_names() -> None:
+    task = generator_and_judge.GenerateAndJudgeTask(line(), context())
+    asked = drive(task, "Light scatters.", " 4.\n")
+    assert [request.content["model"] for request in asked] == ["generator", "judge"]
+    assert asked[0].content["messages"] == line()["messages"]
+    (message,) = asked[1].content["messages"]
+    assert "Why is the sky blue?" in message["content"]
+    assert "Light scatters." in message["content"]
+    assert task.get_result()[0] == line(response="Light scatters.", score=4)
+
+
+@pytest.mark.parametrize("judgement", ["good", "", "6", "45", None])
+def test_a_judgement_without_a_score_makes_an_error_line(judgement: str | None) -> None:
+    task = generator_and_judge.GenerateAndJudgeTask(line(), context())
+    drive(task, "Light scatters.", judgement)
+    assert task.get_result()[0]["__ERROR__"]["error"] == "no_score"
+
+
+def test_the_names_in_the_example_file_are_those_the_task_asks_for() -> None:
+    named = yaml.safe_load((EXAMPLES / "generator_and_judge.yaml").read_text())["backends"]
+    assert list(named) == ["generator", "judge"]
 
 
 def test_a_failed_request_of_the_chat_task_makes_an_error_line() -> None:

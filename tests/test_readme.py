@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import yaml
 
+from dispatcher.config import Parser, parse
 from dispatcher.models import WorkItem
+from dispatcher.taskmanager.backend.options import add_backend_options
+from dispatcher.taskmanager.backend.reading import backends_of
 from dispatcher.taskmanager.backend.request import Response
+from dispatcher.taskmanager.backend.settings import Concurrency, Generation, LoadMonitoring
 from tests.support.processes import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -49,6 +56,26 @@ def test_the_task_in_the_readme_works_as_printed() -> None:
 
     assert task.is_done()
     assert task.get_result()[0] == {**data, "response": "hi"}
+
+
+def test_the_sections_in_the_readme_can_be_used_as_printed(tmp_path: Path) -> None:
+    blocks = [part.split("```", 1)[0] for part in README.split("```yaml\n")[1:]]
+    assert len(blocks) == 2
+    for number, flags in enumerate([[], ["--backend", "cerebras"]]):
+        config = tmp_path / "config.yaml"
+        config.write_text(blocks[number])
+        parser = Parser()
+        parser.add_argument("--config", type=Path)
+        add_backend_options(parser)
+        backends = backends_of(parse(parser, ["--config", str(config), *flags]), {})
+        assert len(backends.by_name) == 2
+
+
+def test_the_defaults_in_the_readme_are_those_of_the_settings() -> None:
+    block = yaml.safe_load(README.split("```yaml\n")[2].split("```", 1)[0])
+    for section, kind in (("concurrency", Concurrency), ("load_monitoring", LoadMonitoring)):
+        assert block[section] == msgspec.structs.asdict(kind())
+    assert set(block["generation"]) == set(Generation.__struct_fields__)
 
 
 def test_every_file_the_readme_names_exists() -> None:

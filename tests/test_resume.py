@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -16,16 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dispatcher import launch
 from dispatcher.config import Parser, add_run_limits, parse, policy_of
-from dispatcher.errors import StateError, UsageError
-from dispatcher.run_command import LOCAL_RUN, SERVER, TASK_RUN, Start, note_start, read_start
+from dispatcher.errors import DispatcherError, QuotaExhaustedError, StateError, UsageError
+from dispatcher.run_command import (
+    LOCAL_RUN,
+    SERVER,
+    TASK_RUN,
+    Start,
+    handing_over,
+    note_start,
+    read_start,
+)
 from dispatcher.server import cli as server_cli
 from dispatcher.storage.files import Files
 from dispatcher.storage.run_state import load_run_file, save_run_file
 from dispatcher.storage.same_run import check_command, going_on
 from dispatcher.taskmanager import cli as worker_cli
+from dispatcher.taskmanager.backend.options import describe_model
+from dispatcher.taskmanager.backend.reading import backends_of
 from dispatcher.taskmanager.task.loading import describe_task, find_task
 from tests.support.processes import ROOT, Process, running, wait_until
 
@@ -539,7 +549,89 @@ def test_the_address_of_the_model_server_is_kept_when_it_came_from_the_environme
     monkeypatch.setenv("OPENAI_BASE_URL", "http://there:1/v1")
     begun = Begun(tmp_path, "--backend", "openai", "--model", "m")
     monkeypatch.delenv("OPENAI_BASE_URL")
-    assert begun.resumed().args.base_url == "http://there:1/v1"
+    assert begun.resumed().args.base_url == ["http://there:1/v1"]
+
+
+SECTIONS = """
+backends:
+  a: {kind: openai, model: m, base_url: ['http://me:word@h:1/v1']}
+  b: {kind: vllm, model: n, vllm_extra_args: --seed 1 --hf-token abc}
+  3: {kind: cerebras, model: o}
+generation: {seed: 3}
+"""
+
+
+def begun_with_sections(directory: Path) -> tuple[Run, Start]:
+    run = Run(directory)
+    os.chdir(run.directory)
+    (run.directory / "it.yaml").write_text(SECTIONS)
+    arguments = [*run.arguments()[:6], "--config", "it.yaml"]
+    start = read_start(TASK_RUN, worker_cli.build_parser(), arguments)
+    command = worker_cli.describe_command(start)
+    note_start(worker_cli.run_settings_of(start.args, start.args.input, start.args.output, command))
+    return run, start
+
+
+def test_sections_of_the_file_are_kept_without_secrets_and_used_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CEREBRAS_BASE_URL", "http://there:1/v1")
+    run, start = begun_with_sections(tmp_path)
+    monkeypatch.delenv("CEREBRAS_BASE_URL")
+    assert start.args.backends["b"]["vllm_extra_args"].endswith("abc")  # what this start uses
+    said = (run.state_dir / "run.yaml").read_text()
+    assert "me:word" not in said
+    assert "abc" not in said
+
+    os.chdir(run.elsewhere)
+    argv = ["--resume", str(run.state_dir)]
+    again = read_start(TASK_RUN, worker_cli.build_parser(), argv)
+    assert again.args.backends == {
+        "a": {"kind": "openai", "model": "m", "base_url": ["http://h:1/v1"]},
+        "b": {"kind": "vllm", "model": "n", "vllm_extra_args": "--seed 1"},
+        3: {"kind": "cerebras", "model": "o", "base_url": ["http://there:1/v1"]},
+    }
+    assert again.args.generation == {"seed": 3}
+    missed = ["the password of base_url of a of backends", "--hf-token of vllm_extra_args of b"]
+    assert_one_sentence(capsys.readouterr().err, *missed)
+    assert worker_cli.describe_command(again) is not None
+
+
+def test_the_file_beside_resume_wins_section_by_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run, _ = begun_with_sections(tmp_path)
+    (run.directory / "it.yaml").write_text("generation: {seed: 4}\n")
+    argv = ["--resume", str(run.state_dir), "--config", "it.yaml"]
+    again = read_start(TASK_RUN, worker_cli.build_parser(), argv)
+    assert again.args.generation == {"seed": 4}
+    assert list(again.args.backends) == ["a", "b", 3]
+    assert again.options["generation"] == {"seed": 4}
+    with pytest.raises(UsageError, match="--model cannot go with the section backends"):
+        worker_cli._check(
+            read_start(TASK_RUN, worker_cli.build_parser(), [*argv, "--model", "x"]).args
+        )
+
+
+def test_workers_of_a_run_get_the_sections_with_their_secrets_in_a_private_file(
+    tmp_path: Path,
+) -> None:
+    sections = {"backends": {"a": {"vllm_extra_args": "--hf-token abc"}}}
+    with handing_over({"task": {}}, False, sections) as handed:
+        assert handed.config is not None
+        assert yaml.safe_load(handed.config.read_text()) == sections
+        assert handed.config.parent.stat().st_mode & 0o077 == 0
+        args = launch.build_parser().parse_args(
+            ["--task", "t", "--input", "i", "--output", str(tmp_path / "o"), "--workers", "auto"]
+        )
+        argv = launch.LocalRun(args, handed)._worker_argv(tmp_path)
+        assert f"--config={handed.config}" in argv
+        assert "--workers=auto" in argv
+    assert not handed.config.exists()
+    with handing_over({"task": {}}, False, {}) as handed:
+        assert handed.config is None
 
 
 def test_a_start_that_got_nowhere_does_not_bind_the_next_one(begun: Begun) -> None:
@@ -625,9 +717,9 @@ def test_a_model_is_told_by_its_name_and_its_files(tmp_path: Path) -> None:
     (model / ".cache").mkdir()
 
     def described() -> dict[str, Any]:
-        args = argparse.Namespace(model=str(model), backend="vllm", no_launch=False, workers=1)
-        args.batch_size = 1
-        return {"model": worker_cli.describe_model(args)}
+        argv = ["--task", "t", "--model", str(model)]
+        args = worker_cli.build_parser().parse_args(argv)
+        return {"model": describe_model(backends_of(args, {}))}
 
     before = described()
     (model / ".cache" / "notes").write_text("x")
@@ -685,3 +777,71 @@ def test_a_server_that_dies_before_its_first_answer_is_started_again(
     args = launch.build_parser().parse_args(begun.run.arguments())
     asyncio.run(launch.LocalRun(args)._mend())
     assert started == ["the server"]
+
+
+class Ended:
+    """Stands for the processes of a run that ended with these codes and last words."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, server: int | None, *workers: tuple[int | None, str]
+    ) -> None:
+        self.started: list[str] = []
+        ends = {"the server": (server, "")}
+        ends |= {f"task-manager-{number}": end for number, end in enumerate(workers)}
+
+        async def start(child: launch.Child) -> None:
+            self.started.append(child.name)
+
+        monkeypatch.setattr(launch.Child, "start", start)
+        monkeypatch.setattr(launch.Child, "last_words", lambda child: ends[child.name][1])
+        monkeypatch.setattr(launch, "_RESTART_DELAY_S", 0.0)
+        process = launch.ServerProcess
+        monkeypatch.setattr(process, "exit_code", property(lambda self: ends[self.name][0]))
+        args = launch.build_parser().parse_args(["--task", "t", "--input", "i", "--output", "o"])
+        self.run = launch.LocalRun(args)
+        self.run._status = {"next_work_id": 9, "done": 3}
+        self.run._workers = [
+            launch.Child(name, [], Path("log")) for name in ends if name != "the server"
+        ]
+
+    def mend(self) -> list[str]:
+        asyncio.run(self.run._mend())
+        return self.started
+
+
+QUOTA = "the quota of m at http://h is used up: start again in 3.0 h"
+
+
+def test_a_worker_whose_quota_is_used_up_is_not_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert Ended(monkeypatch, None, (3, QUOTA), (None, "")).mend() == []
+    assert Ended(monkeypatch, None, (3, QUOTA), (137, "")).mend() == ["task-manager-1"]
+
+
+@pytest.mark.parametrize("other", [(3, QUOTA), (0, "")])
+def test_the_run_stops_when_no_worker_is_left_for_want_of_quota(
+    other: tuple[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(QuotaExhaustedError) as caught:
+        Ended(monkeypatch, None, (3, QUOTA), other).mend()
+    assert caught.value.exit_code == 3
+    assert QUOTA in str(caught.value)
+    assert "dispatcher run --resume" in str(caught.value)
+
+
+def test_a_worker_that_somebody_stopped_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = f"{worker_cli.STOPPED}; what was not finished was given back"
+    assert Ended(monkeypatch, None, (3, words)).mend() == ["task-manager-0"]
+
+
+def test_a_refused_key_ends_the_run_and_no_restart_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = f"{worker_cli.KEY_REFUSED}set MINE to a valid one"
+    ended = Ended(monkeypatch, None, (1, words), (None, ""))
+    with pytest.raises(DispatcherError, match="set MINE to a valid one") as caught:
+        ended.mend()
+    assert caught.value.exit_code == 1
+    assert ended.started == []
+    assert Ended(monkeypatch, None, (1, "it broke")).mend() == ["task-manager-0"]

@@ -46,6 +46,34 @@ def test_a_call_for_work_whose_client_left_takes_nothing(tmp_path: Path) -> None
         assert [item.work_id for item in next_one.get_work(2).items] == [0, 1]
 
 
+def test_a_crash_renews_leases_for_the_worker_that_asks_for_it(tmp_path: Path) -> None:
+    infile = tmp_path / "in.jsonl"
+    infile.write_text('{"n": 1}\n{"n": 2}\n')
+    with (
+        dispatcher_server("--infile", infile, "--outfile", tmp_path / "out.jsonl") as server,
+        server.client("w") as client,
+    ):
+        first = client.get_work(2).items[0]
+        assert first.lease is not None
+
+        def release(lease: str | None, worker: str | None, **fields: object) -> bytes:
+            item = {"work_id": 0, "lease": lease, "charge": False, "reason": "crash", **fields}
+            body = json.dumps({"items": [item], "worker": worker}).encode()
+            status, reply = ask(server, "POST", "/release", body)
+            assert status == 200
+            return reply
+
+        grant = {"work_id": 0, "lease": first.lease, "renewed": "0.3", "attempt": 1}
+        renewed = json.loads(release(first.lease, "w", renew=True))
+        again = json.loads(release(first.lease, "w", renew=True))
+        assert renewed == {"status": "OK", "released_count": 1, "renewed": [grant]}
+        assert again == {"status": "OK", "released_count": 0, "renewed": [grant]}
+        plain = release("0.3", "w")
+        assert json.loads(plain) == {"status": "OK", "released_count": 1}
+        assert release("0.3", "w", renew=True) == plain.replace(b"1", b"0")
+        assert client.status()["crashed"] == 2
+
+
 def test_what_the_protocol_does_not_allow_is_answered_with_a_sentence(tmp_path: Path) -> None:
     infile = tmp_path / "in.jsonl"
     infile.write_text('{"n": 1}\n')

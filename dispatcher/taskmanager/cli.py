@@ -6,11 +6,9 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import hashlib
 import logging
 import os
 import secrets
-import shlex
 import signal
 import socket
 import sys
@@ -23,8 +21,8 @@ from typing import Any
 import uvloop
 
 from dispatcher.config import Parser, add_run_limits, number, run_settings_of
-from dispatcher.errors import DispatcherError, ExitCode, UsageError
-from dispatcher.models import WorkerStats
+from dispatcher.errors import BackendRefusalError, DispatcherError, ExitCode, UsageError
+from dispatcher.models import ModelStats, WorkerStats
 from dispatcher.run_command import (
     TASK_RUN,
     Start,
@@ -34,11 +32,18 @@ from dispatcher.run_command import (
     resume_hint,
 )
 from dispatcher.server_file import TOKEN_VARIABLE, token_given
+from dispatcher.taskmanager.backend.accounts import for_heartbeat
 from dispatcher.taskmanager.backend.base import Backend
-from dispatcher.taskmanager.backend.fake import FakeBackend
-from dispatcher.taskmanager.backend.local import DEFAULT_MODEL, MAX_PARALLEL, LocalBackend
-from dispatcher.taskmanager.backend.openai_compatible import Endpoint, OpenAICompatibleBackend
-from dispatcher.taskmanager.backend.vllm import VLLMBackend, VLLMSettings
+from dispatcher.taskmanager.backend.making import check_keys, make_backend
+from dispatcher.taskmanager.backend.options import add_backend_options, describe_model
+from dispatcher.taskmanager.backend.reading import backends_of
+from dispatcher.taskmanager.backend.settings import (
+    AUTO,
+    DEFAULT_WORKERS,
+    Backends,
+    HostedSettings,
+    urls_of,
+)
 from dispatcher.taskmanager.manager import Manager
 from dispatcher.taskmanager.step_threads import THREAD_NAME
 from dispatcher.taskmanager.task.base import Task
@@ -52,12 +57,11 @@ from dispatcher.taskmanager.tasksource.dispatcher import DispatcherTaskSource
 from dispatcher.taskmanager.tasksource.file import FileTaskSource
 from dispatcher.taskmanager.tasksource.leased import LeasedSource
 
-BACKENDS = ("vllm", "openai", "local", "fake")
-DEFAULT_WORKERS = 64
-FAKE_MODEL = "fake"
+STOPPED = "stopped"
+REFUSED = "the model server refused: "
+"""What this command says last when a signal ended it, and when no restart would help."""
+
 _THREAD_END_S = 0.1
-BASE_URL_VARIABLE = "OPENAI_BASE_URL"
-OPENAI_URL = "https://api.openai.com/v1"
 
 
 def build_parser() -> Parser:
@@ -121,97 +125,6 @@ def add_task_options(parser: Parser) -> None:
     )
 
 
-def add_backend_options(parser: Parser) -> None:
-    """Add what says which model server answers, and how many requests it gets."""
-    model = parser.add_argument_group("model server")
-    model.add_argument("--backend", choices=BACKENDS, default="vllm", help="kind of model server")
-    model.add_argument(
-        "--model", metavar="NAME", help=f"model name or path (default of local: {DEFAULT_MODEL})"
-    )
-    model.add_argument(
-        "--base-url",
-        metavar="URL",
-        help=f"--backend openai: the server's URL with /v1 (default: OPENAI_BASE_URL, "
-        f"else {OPENAI_URL})",
-    )
-    model.add_argument(
-        "--api-key-env",
-        default="OPENAI_API_KEY",
-        metavar="NAME",
-        help="--backend openai: environment variable that holds the API key",
-    )
-    model.add_argument(
-        "--no-launch", action="store_true", help="use a model server that runs at --host, --port"
-    )
-    model.add_argument("--host", default="127.0.0.1", help="--no-launch: the server's host")
-    model.add_argument(
-        "--port", type=number(int, 1, 65535), default=8000, help="--no-launch: the server's port"
-    )
-    model.add_argument(
-        "--startup-timeout",
-        type=number(float, 1),
-        default=1800.0,
-        metavar="S",
-        help="seconds the model server may take to start",
-    )
-    model.add_argument(
-        "--request-timeout",
-        type=number(float, 0.1),
-        default=600.0,
-        metavar="S",
-        help="seconds one model request may take",
-    )
-    model.add_argument(
-        "--workers",
-        type=number(int, 1, 65536),
-        metavar="N",
-        help=f"model requests in flight (default: {DEFAULT_WORKERS}; local: {MAX_PARALLEL})",
-    )
-    model.add_argument(
-        "--batch-size",
-        type=number(int, 1, 4096),
-        metavar="N",
-        help="items kept ready ahead of need (default: a quarter of --workers)",
-    )
-    model.add_argument(
-        "--max-model-len", type=number(int, 1), metavar="TOKENS", help="context length limit"
-    )
-    model.add_argument(
-        "--fakellm-args",
-        default="",
-        metavar="ARGS",
-        help="--backend fake: options of fakellm, as in --fakellm-args='--latency-s 0.2'",
-    )
-    model.add_argument(
-        "--log-dir",
-        type=Path,
-        metavar="DIR",
-        help="where logs go (default: a temporary directory; of dispatcher run: STATE/logs)",
-    )
-    vllm = parser.add_argument_group("vLLM")
-    vllm.add_argument(
-        "--tensor-parallel",
-        type=number(int, 1),
-        default=1,
-        metavar="GPUS",
-        help="GPUs to spread the model over",
-    )
-    vllm.add_argument("--chat-template", metavar="FILE", help="chat template to use")
-    vllm.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
-    vllm.add_argument("--silence-vllm-logs", action="store_true", help="log warnings only")
-    vllm.add_argument(
-        "--vllm-extra-args",
-        default="",
-        metavar="ARGS",
-        help="options of vLLM, as in --vllm-extra-args='--seed 1'",
-    )
-    vllm.add_argument(
-        "--vllm-command",
-        metavar="COMMAND",
-        help="command that starts vLLM's server (default: vllm serve, or its module form)",
-    )
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     # Thousands of requests in flight are many live objects; looking for cycles among them after
@@ -222,10 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         start = read_start(TASK_RUN, build_parser(), argv)
-        _check(start.args)
+        backends = _check(start.args)
+        if not start.is_complete:
+            check_keys(backends, os.environ)
         command = None if start.args.dispatcher is not None else describe_command(start)
         task_class = _load_task(start, command)
-        code = uvloop.run(run(start.args, task_class, command))
+        code = uvloop.run(run(start.args, backends, task_class, command))
+    except BackendRefusalError as error:
+        print(f"dispatcher-task-run: {REFUSED}{error}", file=sys.stderr)
+        code = int(error.exit_code)
     except DispatcherError as error:
         print(f"dispatcher-task-run: {error}", file=sys.stderr)
         code = int(error.exit_code)
@@ -248,34 +166,26 @@ def describe_command(start: Start) -> dict[str, Any] | None:
         return None
     args = start.args
     task_args = parse_task_args(args.task_arg, args.task_args, start.task_args)
-    if args.backend == "openai" and args.base_url is None and BASE_URL_VARIABLE in os.environ:
-        start.record("base_url", os.environ[BASE_URL_VARIABLE])
+    backends = backends_of(args, os.environ)
+    _record_addresses(start, backends)
     task = describe_task(args.task, find_task(args.task), task_args)
-    return start.describe(task, describe_model(args))
+    return start.describe(task, describe_model(backends))
 
 
-def describe_model(args: argparse.Namespace) -> dict[str, Any]:
-    """Return a model's name and, where this machine serves it, what its files look like."""
-    filled = argparse.Namespace(**vars(args))
-    check_backend(filled)
-    described: dict[str, Any] = {"name": filled.model}
-    if filled.model is None or filled.no_launch or filled.backend not in ("vllm", "local"):
-        return described
-    path = Path(filled.model).absolute()
-    if not path.exists():
-        return described | {"files": None}
-    return described | {"path": str(path), "files": _fingerprint(path)}
-
-
-def _fingerprint(path: Path) -> str:
-    """Return a hash over the names and sizes of a model's files."""
-    hashed = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        name = file.relative_to(path.parent)
-        hidden = any(part.startswith(".") for part in name.parts[1:])  # a download's notes
-        if not hidden and file.is_file():
-            hashed.update(f"{os.fsencode(name).hex()} {file.stat().st_size}\n".encode())
-    return hashed.hexdigest()
+def _record_addresses(start: Start, backends: Backends) -> None:
+    """Keep the addresses that came from the environment as if they had been given."""
+    for name, settings in backends.by_name.items():
+        if not isinstance(settings, HostedSettings) or settings.url_variable not in os.environ:
+            continue
+        urls = list(urls_of(settings))
+        if (named := start.options.get("backends")) is None:
+            start.record("base_url", urls)
+            continue
+        # A name need not be text in the file.
+        found = {
+            key: {**entry, "base_url": urls} for key, entry in named.items() if str(key) == name
+        }
+        start.record("backends", {**named, **found})
 
 
 def _load_task(start: Start, command: dict[str, Any] | None) -> type[Task]:
@@ -296,8 +206,8 @@ def _task_code_still_runs() -> bool:
     return any(thread.is_alive() for thread in threads)
 
 
-def _check(args: argparse.Namespace) -> None:
-    """Refuse combinations that argparse cannot."""
+def _check(args: argparse.Namespace) -> Backends:
+    """Refuse combinations that argparse cannot; return the backends that were asked for."""
     has_files = args.input is not None or args.output is not None
     if args.resume is not None and args.dispatcher is not None:
         raise UsageError(
@@ -308,25 +218,22 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("give either --dispatcher ADDRESS or --input FILE --output FILE")
     if has_files and (args.input is None or args.output is None):
         raise UsageError("file mode needs both --input FILE and --output FILE")
-    check_backend(args)
+    return backends_of(args, os.environ)
 
 
-def check_backend(args: argparse.Namespace) -> None:
-    """Refuse backend options that cannot work together, and fill in defaults."""
-    if args.model is None:
-        args.model = {"local": DEFAULT_MODEL, "fake": FAKE_MODEL}.get(args.backend)
-    if args.model is None and not args.no_launch:
-        raise UsageError(f"--backend {args.backend} needs --model NAME")
-    if args.no_launch and args.backend in ("local", "fake"):
-        raise UsageError(f"--no-launch does not go with --backend {args.backend}")
-    if args.workers is None:
-        args.workers = MAX_PARALLEL if args.backend == "local" else DEFAULT_WORKERS
-    if args.batch_size is None:
-        args.batch_size = max(2, args.workers // 4)
+def _batch_size(args: argparse.Namespace, backends: Backends) -> int:
+    """Return how many items are kept ready: as asked for, or what the requests in flight need."""
+    if args.batch_size is not None:
+        return int(args.batch_size)
+    workers = backends.first.workers
+    return max(2, workers // 4) if workers != AUTO else DEFAULT_WORKERS
 
 
 async def run(
-    args: argparse.Namespace, task_class: type[Task], command: dict[str, Any] | None = None
+    args: argparse.Namespace,
+    backends: Backends,
+    task_class: type[Task],
+    command: dict[str, Any] | None = None,
 ) -> int:
     """Start the backend, run the manager until the work is done, end everything.
 
@@ -347,14 +254,14 @@ async def run(
         log_dir = args.log_dir or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="dispatcher-"))
         )
-        backend = make_backend(args, log_dir)
+        backend = make_backend(backends, log_dir)
         try:
-            await _run_manager(args, task_class, backend, command)
+            await _run_manager(args, backends, task_class, backend, command)
         except asyncio.CancelledError:
             if not stopping.is_set():
                 raise
             main_task.uncancel()
-            print(f"dispatcher-task-run: stopped; {_what_next(args)}")
+            print(f"dispatcher-task-run: {STOPPED}; {_what_next(args)}")
             return ExitCode.STOPPED
         finally:
             await backend.close()
@@ -370,6 +277,7 @@ def _what_next(args: argparse.Namespace) -> str:
 
 async def _run_manager(
     args: argparse.Namespace,
+    backends: Backends,
     task_class: type[Task],
     backend: Backend,
     command: dict[str, Any] | None,
@@ -377,12 +285,7 @@ async def _run_manager(
     manager: Manager | None = None
 
     def stats() -> WorkerStats:
-        usage = backend.usage
-        in_flight = manager.requests_in_flight if manager is not None else 0
-        replayed = manager.totals.replayed if manager is not None else 0
-        return WorkerStats(
-            usage.requests, usage.prompt_tokens, usage.completion_tokens, in_flight, replayed
-        )
+        return _stats(backend, manager)
 
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     source: LeasedSource
@@ -392,8 +295,8 @@ async def _run_manager(
             task_class,
             worker=worker,
             token=_token(args),
-            model=args.model,
-            batch_size=args.batch_size,
+            model=backends.first.model,
+            batch_size=_batch_size(args, backends),
             server_timeout_s=args.server_timeout,
             backend_up=backend.healthy,
             stats=stats,
@@ -406,8 +309,8 @@ async def _run_manager(
             run_settings_of(args, args.input, args.output, command),
             task_class,
             worker=worker,
-            model=args.model,
-            batch_size=args.batch_size,
+            model=backends.first.model,
+            batch_size=_batch_size(args, backends),
             backend_up=backend.healthy,
             stats=stats,
         )
@@ -421,8 +324,26 @@ async def _run_manager(
     except BaseException:  # a signal, too: the run's files and connections are let go of
         await source.give_back([], "the backend did not start")
         raise
-    manager = Manager(source, backend, workers=args.workers)
+    manager = Manager(source, backend)
     await manager.run()
+
+
+def _stats(backend: Backend, manager: Manager | None) -> WorkerStats:
+    """Return what this worker did since it started."""
+    models = for_heartbeat(backend.accounts())
+    whole = ModelStats()
+    for model in models.values():
+        whole.add(model)
+    return WorkerStats(
+        requests=whole.requests,
+        prompt_tokens=whole.prompt_tokens,
+        completion_tokens=whole.completion_tokens,
+        in_flight=backend.requests_in_flight,
+        replayed=manager.totals.replayed if manager is not None else 0,
+        slow_steps=manager.slow_steps if manager is not None else 0,
+        longest_step_s=manager.longest_step_s if manager is not None else 0.0,
+        models=models,
+    )
 
 
 def _token(args: argparse.Namespace) -> str | None:
@@ -433,69 +354,6 @@ def _token(args: argparse.Namespace) -> str | None:
     if args.token_file is not None:
         return token_given(args.token_file)
     return None if args.dispatcher.startswith("@") else from_variable
-
-
-def make_backend(args: argparse.Namespace, log_dir: Path) -> Backend:
-    """Build the backend that the options describe."""
-    if args.no_launch or args.backend == "openai":
-        return ExistingServer(_endpoint(args), args.startup_timeout)
-    common = {
-        "startup_timeout_s": args.startup_timeout,
-        "request_timeout_s": args.request_timeout,
-        "log_dir": log_dir,
-    }
-    if args.backend == "fake":
-        arguments = split_arguments(args.fakellm_args, "--fakellm-args")
-        return FakeBackend(model=args.model, arguments=arguments, **common)
-    if args.backend == "local":
-        return LocalBackend(
-            model=args.model, parallel=args.workers, context_tokens=args.max_model_len, **common
-        )
-    command = args.vllm_command
-    settings = VLLMSettings(
-        model=args.model,
-        tensor_parallel=args.tensor_parallel,
-        max_model_len=args.max_model_len,
-        chat_template=args.chat_template,
-        enforce_eager=args.enforce_eager,
-        extra_args=split_arguments(args.vllm_extra_args, "--vllm-extra-args"),
-        command=split_arguments(command, "--vllm-command") if command is not None else None,
-        quiet=args.silence_vllm_logs,
-    )
-    return VLLMBackend(settings, **common)
-
-
-class ExistingServer(OpenAICompatibleBackend):
-    """A model server that somebody else started."""
-
-    def __init__(self, endpoint: Endpoint, startup_timeout_s: float) -> None:
-        super().__init__(endpoint)
-        self._startup_timeout_s = startup_timeout_s
-
-    async def start(self) -> None:
-        """Return when it answers. Raises BackendError after the start-up time-out."""
-        await super().start()
-        await self.wait_until_serving(self._startup_timeout_s)
-
-
-def _endpoint(args: argparse.Namespace) -> Endpoint:
-    url = args.base_url
-    if url is None and args.no_launch:
-        host = f"[{args.host}]" if ":" in args.host else args.host
-        url = f"http://{host}:{args.port}/v1"
-    if url is None:
-        url = os.environ.get(BASE_URL_VARIABLE, OPENAI_URL)
-    # A key goes only where it belongs: a vLLM of one's own is not shown the hosted one's.
-    key = os.environ.get("VLLM_API_KEY" if args.no_launch else args.api_key_env)
-    return Endpoint(url, args.model, key, args.request_timeout)
-
-
-def split_arguments(text: str, option: str) -> list[str]:
-    """Split an option that holds command-line arguments, as a shell would."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UsageError(f"{option} {text!r}: {error}") from error
 
 
 if __name__ == "__main__":

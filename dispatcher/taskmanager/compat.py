@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from dispatcher.taskmanager.backend.base import Backend, BackendManager
+from dispatcher.taskmanager.backend.base import BackendManager, SimpleBackend
 from dispatcher.taskmanager.backend.request import Request, Response
 from dispatcher.taskmanager.execution import (
     Answered,
@@ -23,15 +23,15 @@ from dispatcher.taskmanager.tasksource.base import Assignment, TaskSource, WorkS
 _POLL_AGAIN_S = 0.05
 
 
-class SyncBackend(Backend):
+class SyncBackend(SimpleBackend):
     """A BackendManager whose `process` blocks, on as many threads as requests may be in flight."""
 
     def __init__(self, manager: BackendManager, threads: int) -> None:
-        super().__init__()
+        super().__init__(threads)
         self._manager = manager
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="backend")
 
-    async def process(self, request: Request) -> Response:
+    async def answer(self, request: Request) -> Response:
         """Answer one request; what the manager raises becomes the response's error."""
         loop = asyncio.get_running_loop()
         try:

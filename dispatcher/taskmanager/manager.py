@@ -8,14 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from dispatcher.errors import BackendError
 from dispatcher.taskmanager.backend.base import Backend
 from dispatcher.taskmanager.backend.request import Response
 from dispatcher.taskmanager.execution import Attempt, Outcome
-from dispatcher.taskmanager.slots import RequestSlots
 from dispatcher.taskmanager.step_threads import StepThreads
 from dispatcher.taskmanager.steps import Asked
 from dispatcher.taskmanager.tasksource.base import Assignment, WorkSource
+
+_ACTIVE_PER_SLOT = 4
+_LOOK_FOR_LOST_S = 1.0
 
 
 @dataclass(slots=True)
@@ -27,37 +28,52 @@ class Totals:
     replayed: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """An item under way; lower `order` goes first at the backend."""
+
+    order: int
+    assignment: Assignment
+    task: asyncio.Task[None]
+
+
 class Manager:
     """Runs the items of one source against one backend until there are no more.
 
-    `workers` is the number of model requests in flight at most. Items that compute between
-    requests do not fill a slot meanwhile, so more items than slots may be active, up to
-    `max_active`.
+    The backend bounds the model requests in flight. Items that compute between requests do not
+    fill a slot meanwhile, so more items than that may be active, up to `max_active` (None: four
+    times as many).
     """
 
     def __init__(
-        self, source: WorkSource, backend: Backend, *, workers: int, max_active: int | None = None
+        self, source: WorkSource, backend: Backend, *, max_active: int | None = None
     ) -> None:
         self._source = source
         self._backend = backend
-        self._slots = RequestSlots(workers)
-        self._max_active = max_active or 4 * workers
-        self._active: dict[asyncio.Task[None], Assignment] = {}
+        self._max_active = max_active
+        self._active: dict[int, _Running] = {}
         self._starting: set[Assignment] = set()
-        self._crashed: list[Assignment] = []
+        self._failed: list[Assignment] = []
         self._solo = False
+        self._threads: StepThreads | None = None
         self._room = asyncio.Event()
         self._failure: BaseException | None = None
         self.totals = Totals()
 
     @property
-    def requests_in_flight(self) -> int:
-        """Model requests being answered now."""
-        return self._slots.in_use
+    def slow_steps(self) -> int:
+        """How often task code took so long between two requests that others were held up."""
+        return self._threads.slow_steps if self._threads is not None else 0
+
+    @property
+    def longest_step_s(self) -> float:
+        """The longest that task code took between two requests, in seconds."""
+        return self._threads.longest_step_s if self._threads is not None else 0.0
 
     async def run(self) -> None:
         """Run until the source is empty. When cancelled, give everything back, uncharged."""
-        self._threads = StepThreads()
+        self._threads = threads = StepThreads()
+        self._backend.watch(self._room.set, self._take_crash)
         self._feeding = asyncio.ensure_future(self._feed())
         try:
             await self._feeding
@@ -71,7 +87,7 @@ class Manager:
             await self._abandon()
             raise
         finally:
-            self._threads.close()
+            threads.close()
 
     async def _feed(self) -> None:
         """Start items as long as there are any, then wait for the last ones."""
@@ -89,7 +105,7 @@ class Manager:
         assignment = await self._source.next()
         if assignment is not None and assignment.solo:
             # It was running when engines died: nothing else may run beside it.
-            await self._until(lambda: not self._active)
+            await self._until_alone()
             self._solo = True
         return assignment
 
@@ -98,10 +114,10 @@ class Manager:
         self.totals.started += 1
         order = self.totals.started
         task = asyncio.ensure_future(self._run_item(assignment, order))
-        self._active[task] = assignment
+        self._active[order] = _Running(order, assignment, task)
         assignment.progress = 1
         assignment.cancel = task.cancel
-        task.add_done_callback(self._ended)
+        task.add_done_callback(partial(self._ended, order))
 
     async def _run_item(self, assignment: Assignment, order: int) -> None:
         attempt = Attempt(assignment.build, assignment.log)
@@ -114,9 +130,11 @@ class Manager:
         """Alternate between task code and model requests until the attempt ends."""
         answers: asyncio.Queue[tuple[Asked, Response]] = asyncio.Queue()
         asking: set[asyncio.Task[None]] = set()
+        threads = self._threads
+        assert threads is not None
         try:
             try:
-                step = await self._threads.run(attempt.begin)
+                step = await threads.run(attempt.begin, attempt)
             finally:
                 self._starting.discard(assignment)
             while isinstance(step, list):
@@ -132,7 +150,7 @@ class Manager:
                 for asked, response in answered:
                     self._source.record(assignment, asked, response)
                 responses = [response for _, response in answered]
-                step = await self._threads.run(partial(attempt.answer, responses))
+                step = await threads.run(partial(attempt.answer, responses), attempt)
                 self._room.set()
             return step
         finally:
@@ -142,14 +160,12 @@ class Manager:
                 self.totals.replayed += assignment.log.replayed
 
     async def _ask(self, asked: Asked, order: int) -> Response:
-        await self._slots.acquire(order)
         try:
-            return await self._backend.process(asked.request)
+            return await self._backend.process(asked.request, order)
         except Exception as error:
-            self._fail(error)  # before the slot gets free: nothing else may start in it
+            self._fail(error)  # at once: nothing else may be started
             raise
         finally:
-            self._slots.release()
             self._room.set()
 
     def _ask_beside(
@@ -165,22 +181,51 @@ class Manager:
         """How many items should be started now: enough to fill the slots, started ones first."""
         if self._solo:
             return 0
-        free_slots = self._slots.limit - self._slots.demand - len(self._starting)
-        return max(0, min(free_slots, self._max_active - len(self._active)))
+        most = self._max_active or _ACTIVE_PER_SLOT * self._backend.limit
+        room = self._backend.room() - len(self._starting)
+        return max(0, min(room, most - len(self._active)))
 
     async def _until(self, condition: Callable[[], bool]) -> None:
         while not condition():
             self._room.clear()
             await self._room.wait()
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        assignment = self._active.pop(task)
+    async def _until_alone(self) -> None:
+        """Wait until nothing is active.
+
+        What is lost may finish, but is not waited for: it is lost, for one, when it never ends.
+        """
+        while self._active:
+            for running in self._active.values():
+                if running.assignment.is_lost:
+                    self._source.give_up(running.assignment)
+                    running.task.cancel()
+            self._room.clear()
+            with contextlib.suppress(TimeoutError):  # nobody says when the server calls one lost
+                await asyncio.wait_for(self._room.wait(), _LOOK_FOR_LOST_S)
+
+    async def _take_crash(self, orders: set[int]) -> bool:
+        """A model server died under these items; go on with those that the source lets us keep.
+
+        Returns whether one that ran alone is to blame.
+        """
+        hit = [self._active[order] for order in sorted(orders & self._active.keys())]
+        if not hit:
+            return False
+        kept = await self._source.crashed([running.assignment for running in hit])
+        for running in hit:
+            if running.assignment not in kept:
+                running.task.cancel()
+        return any(running.assignment.solo for running in hit)
+
+    def _ended(self, order: int, task: asyncio.Task[None]) -> None:
+        assignment = self._active.pop(order).assignment
         self._starting.discard(assignment)
         self._solo = self._solo and bool(self._active)
         self.totals.ended += 1
         self._room.set()
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._crashed.append(assignment)
+            self._failed.append(assignment)
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
@@ -188,11 +233,10 @@ class Manager:
         self._feeding.cancel()
 
     async def _abandon(self) -> None:
-        held = [*self._active.values(), *self._crashed]
-        tasks = list(self._active)
+        held = [*(running.assignment for running in self._active.values()), *self._failed]
+        tasks = [running.task for running in self._active.values()]
         for task in tasks:
             task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.gather(*tasks, return_exceptions=True)
-        reason = "crash" if isinstance(self._failure, BackendError) else "the worker was stopped"
-        await self._source.give_back(held, reason)
+        await self._source.give_back(held, "the worker was stopped")

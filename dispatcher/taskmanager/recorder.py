@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from dispatcher.errors import DispatcherError
@@ -124,14 +123,13 @@ class StepRecorder:
             [w for w in waiting if w.step.response is not None and w.step.pos[0] >= keep_yields]
         )
 
-    @contextmanager
-    def holding(self, leases: Collection[str]) -> Iterator[None]:
-        """Send no steps of these leases meanwhile: they end just now, and may be renewed."""
+    def hold(self, leases: Iterable[str]) -> None:
+        """Send no steps of these leases from now on: they are about to end, and may be renewed."""
         self._held_back.update(leases)
-        try:
-            yield
-        finally:
-            self._held_back.difference_update(leases)
+
+    def let_go(self, leases: Iterable[str]) -> None:
+        """It is known what became of these leases: their steps may be sent again."""
+        self._held_back.difference_update(leases)
 
     def rename(self, lease: str, item: WorkItem) -> None:
         """The item goes on under another lease than this: so do its steps that are not sent yet."""

@@ -27,12 +27,7 @@ class TaskManager:
 
     async def _process(self, task_source: TaskSource, backend_manager: BackendManager) -> None:
         backend = SyncBackend(backend_manager, self.num_workers)
-        manager = Manager(
-            SyncSource(task_source),
-            backend,
-            workers=self.num_workers,
-            max_active=self.max_active_tasks,
-        )
+        manager = Manager(SyncSource(task_source), backend, max_active=self.max_active_tasks)
         try:
             await manager.run()
         finally:

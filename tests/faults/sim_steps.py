@@ -96,6 +96,12 @@ class StepLedger:
                 kept = self._kept.setdefault(step.work_id, {})
                 kept[step.pos] = _Acknowledged(step.hash, self.now())
 
+    def note_renewed(self, old: str, new: str) -> None:
+        """A worker goes on with an item, where it is, under another lease."""
+        self._brought.setdefault(new, self._brought.get(old, {}))
+        if old in self._cut_at:
+            self._cut_at.setdefault(new, self._cut_at[old])
+
     # ---------------------------------------------------------------- what voids it
 
     def note_releasing(self, items: Iterable[ReleaseItem]) -> object:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from dispatcher.client import RENEW_TIMEOUT_S
 from dispatcher.config import RunSettings
 from dispatcher.errors import DispatcherError, RunLockedError, ServerLostError, StorageError
 from dispatcher.models import (
@@ -28,6 +29,7 @@ from dispatcher.models import (
     Outcome,
     ReleaseItem,
     ReleaseWorkResponse,
+    RenewedLease,
     ResultItem,
     StepItem,
     StepOutcome,
@@ -97,6 +99,8 @@ class World:
     events: list[str] = field(default_factory=list)
     leases: dict[str, tuple[int, str]] = field(default_factory=dict)
     granted_at: dict[str, float] = field(default_factory=dict)
+    crashed_leases: set[str | None] = field(default_factory=set)
+    renewed_by: dict[str, tuple[str, object]] = field(default_factory=dict)
     charges: Counter[int] = field(default_factory=Counter)
     told_done: dict[int, float] = field(default_factory=dict)
     acknowledging_epoch: int = 0
@@ -150,6 +154,35 @@ class World:
                 self.complain(f"item {number} was done and was handed out again")
             if self.nobody_pays and (item.retry_count, item.attempt) != (0, 1):
                 self.complain(f"item {number} has retry_count {item.retry_count}, nobody at fault")
+
+    def note_renewing(self, renewed: Iterable[RenewedLease], call: object) -> None:
+        """The server renewed leases because of a call; its reply may still get lost."""
+        for each in renewed:
+            self.renewed_by.setdefault(each.lease, (each.renewed, call))
+
+    def note_told_again(
+        self, asked: Iterable[ReleaseItem], reply: ReleaseWorkResponse, call: object
+    ) -> None:
+        """Count what a worker was told whose earlier call had renewed a lease, without its news."""
+        told = {each.lease: each.renewed for each in reply.renewed or ()}
+        for item in asked:
+            renewed, by = self.renewed_by.get(item.lease or "", ("", call))
+            if by is not call:
+                known = told.get(item.lease or "") == renewed
+                self.counts["renewals told again" if known else "renewals told too late"] += 1
+
+    def note_renewed(self, worker: str, renewed: Iterable[RenewedLease], asked_at: float) -> None:
+        for each in renewed:
+            number, serial = each.work_id, each.renewed.partition(".")[2]
+            self.counts["leases renewed"] += each.renewed not in self.granted_at
+            if self.leases.get(each.lease.partition(".")[2]) != (number, worker):
+                self.complain(f"lease {each.lease} was renewed for {worker}, whose it was not")
+            if self.leases.setdefault(serial, (number, worker)) != (number, worker):
+                self.complain(f"lease {each.renewed} was given twice")
+            self.granted_at.setdefault(each.renewed, self.now)
+            self.steps.note_renewed(each.lease, each.renewed)
+            if self.told_done.get(number, asked_at) < asked_at:
+                self.complain(f"item {number} was done and its lease was renewed")
 
     def note_outcomes(self, items: Sequence[ResultItem], outcomes: Sequence[Outcome]) -> None:
         for item, outcome in zip(items, outcomes, strict=True):
@@ -444,6 +477,8 @@ def _tells_state(value: Any) -> bool:
     match value:
         case BatchWorkResponse(items=items):
             return bool(items)
+        case ReleaseWorkResponse(renewed=renewed):
+            return bool(renewed)
         case StepsResponse(outcomes=outcomes):
             return StepOutcome.ACCEPTED in outcomes
         case (outcomes, work):
@@ -505,14 +540,27 @@ class SimLink:
         self, work_ids: Iterable[int] = (), items: Iterable[ReleaseItem] = ()
     ) -> ReleaseWorkResponse:
         released = list(items)
-        voiding = self._world.steps.note_releasing(released)
-        reply = await self._call(lambda service: service.release(released), CALL_TIMEOUT_S)
+        world, asked_at = self._world, self._world.now
+        world.crashed_leases |= {item.lease for item in released if item.renew}
+        voiding = world.steps.note_releasing(released)
+        call = object()
+
+        async def take_back(service: DispatchService) -> ReleaseWorkResponse:
+            reply = await service.take_back(released, self._name)
+            world.note_renewing(reply.renewed or (), call)
+            return reply
+
+        renews = any(item.renew for item in released)
+        reply = await self._call(take_back, RENEW_TIMEOUT_S if renews else CALL_TIMEOUT_S)
         if reply is None:
             return ReleaseWorkResponse(WorkStatus.SERVER_UNAVAILABLE)
-        self._world.steps.note_reply(voiding)
-        if reply == len(released):
-            self._world.charges.update(item.work_id for item in released if item.charge)
-        return ReleaseWorkResponse(WorkStatus.OK, reply)
+        assert isinstance(reply, ReleaseWorkResponse)
+        world.steps.note_reply(voiding)
+        world.note_told_again([item for item in released if item.renew], reply, call)
+        world.note_renewed(self._name, reply.renewed or (), asked_at)
+        if reply.released_count == len(released):
+            world.charges.update(item.work_id for item in released if item.charge)
+        return reply
 
     async def record_steps(self, steps: Sequence[StepItem]) -> StepsResponse:
         ledger, sent_at = self._world.steps, self._world.now
@@ -617,6 +665,9 @@ class Worker:
         self._nonce = 0
         self._backend = asyncio.Event()
         self._backend.set()
+        self._engine = 1
+        self._asking: set[Assignment] = set()
+        self._telling: list[asyncio.Task[None]] = []
         self._heard_at = 0.0
         self._cut_off_until = 0.0
         self._ended: set[str] = set()
@@ -645,6 +696,22 @@ class Worker:
         if self._feeding is not None:
             self._feeding.cancel()
 
+    def crash_engine(self) -> None:
+        """The model server dies; this worker lives, and will start another one."""
+        if self._why_stopped is not None:
+            return
+        self._engine += 1
+        self._backend.clear()
+        hit = list(self._asking)
+        self._world.counts["items in flight on a dead engine"] += len(hit)
+        self._telling.append(self.process.spawn(self._tell_crash(hit)))
+
+    async def _tell_crash(self, hit: list[Assignment]) -> None:
+        kept = await self.source.crashed(hit)
+        for task, assignment in list(self._active.items()):
+            if assignment in hit and assignment not in kept:
+                task.cancel()
+
     def set_backend(self, *, up: bool) -> None:
         if up:
             self._backend.set()
@@ -667,6 +734,8 @@ class Worker:
         elif (error := self._feeding.exception()) is not None:
             ending = error
         beating.cancel()
+        for telling in self._telling:
+            telling.cancel()
         if ending != "complete":
             held = list(self._active.values())
             for task in list(self._active):
@@ -693,9 +762,21 @@ class Worker:
         await self._until(lambda: self._wanted() > 0)
         assignment = await self.source.next()
         if assignment is not None and assignment.solo:
-            await self._until(lambda: not self._active)
+            await self._until_alone()
             self._solo = True
         return assignment
+
+    async def _until_alone(self) -> None:
+        """Wait until nothing else runs; what is lost may never end, and is given up."""
+        while self._active:
+            for task, assignment in self._active.items():
+                if assignment.is_lost:
+                    self._world.counts["lost items given up"] += 1
+                    self.source.give_up(assignment)
+                    task.cancel()
+            self._room.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._room.wait(), 1.0)
 
     def _start(self, assignment: Assignment) -> None:
         task = asyncio.ensure_future(self._work(assignment))
@@ -751,8 +832,7 @@ class Worker:
         waiting: list[Asked] = []
         while isinstance(step, list):
             waiting += step
-            await asyncio.sleep(rng.uniform(0.15, 0.85) * share * world.mean_s * self.slowness)
-            await self._backend.wait()
+            await self._wait_for_the_model(assignment, share)
             assignment.progress += 1
             asked = waiting.pop(rng.randrange(len(waiting)))
             response = world.steps.answer(assignment.key, assignment.item.work_id, log, asked)
@@ -760,6 +840,19 @@ class Worker:
             step = attempt.answer([response])
         world.counts["steps replayed"] += log.replayed
         return step
+
+    async def _wait_for_the_model(self, assignment: Assignment, share: float) -> None:
+        """A request that was in flight on an engine that died is asked again of the next one."""
+        mean_s = share * self._world.mean_s * self.slowness
+        self._asking.add(assignment)
+        try:
+            engine = 0
+            while engine != self._engine:
+                engine = self._engine
+                await asyncio.sleep(self.rng.uniform(0.15, 0.85) * mean_s)
+                await self._backend.wait()
+        finally:
+            self._asking.discard(assignment)
 
     @staticmethod
     def _misconduct(conduct: Conduct) -> Iterator[tuple[float, str]]:
@@ -796,6 +889,8 @@ class Worker:
         world = self._world
         for key in lost:
             granted_at = world.granted_at[key]
+            if key in world.crashed_leases:
+                continue  # it is being told of a crash, and holds another one soon
             if key in self._ended or key not in self.source.heartbeat_request().held:
                 continue
             held_s = world.now - granted_at

@@ -99,6 +99,7 @@ WORKER_FAULTS = (
     "one worker cut off",
     "many workers cut off",
 )
+_ENGINE_RESTARTED = "engine died and is started again"
 _CRASHES = (
     "worker killed",
     "worker stopped for a while",
@@ -165,6 +166,8 @@ def draw_scenario(seed: int) -> Scenario:
     )
     conduct.rewords = Random(f"wording {seed}").choice([0.0, 0.0, 0.2])
     scenario.plan = _draw_plan(scenario, rng)
+    scenario.plan += _draw_restarts_of_engines(scenario)
+    scenario.plan.sort()
     if any(kind in _CONTESTS for _, kind in scenario.plan):
         scenario.stepped = rng.random() < 0.6
         scenario.locks = rng.choice(["working", "absent", "absent", "node-local"])
@@ -185,6 +188,24 @@ def _draw_plan(scenario: Scenario, rng: Random) -> list[tuple[float, str]]:
     if "two servers started at once" in kinds and rng.random() < 0.5:
         plan.append((0.0, "two servers started at once"))
     return sorted(plan)
+
+
+def _draw_restarts_of_engines(scenario: Scenario) -> list[tuple[float, str]]:
+    """Some die alone, some in the time in which something else happens, too."""
+    rng = Random(f"engines {scenario.seed}")
+    times = rng.choice([0, 0, 1, 2, 4, 12])
+    if scenario.nobody_pays:
+        times = min(times, 2 - sum(kind in _CRASHES for _, kind in scenario.plan))
+    moments = [moment for moment, _ in scenario.plan]
+    return [
+        (
+            max(0.0, rng.choice(moments) + rng.uniform(-3.0, 3.0))
+            if rng.random() < 0.5
+            else rng.uniform(0.0, scenario.fault_phase_s),
+            _ENGINE_RESTARTED,
+        )
+        for _ in range(times)
+    ]
 
 
 class Simulation:
@@ -403,6 +424,9 @@ class Simulation:
                 worker.slowness = rng.uniform(3.0, 8.0)
             case "worker terminated":
                 worker.terminate("the worker was stopped")
+            case "engine died and is started again":
+                worker.crash_engine()
+                self._later(rng.uniform(0.5, 60.0), functools.partial(worker.set_backend, up=True))
             case "engine crashed":
                 worker.terminate("crash")
             case "backend down for a while":

@@ -34,9 +34,8 @@ from dispatcher.server.access import Gate
 from dispatcher.server.app import listen, make_app, stop_listening
 from dispatcher.service import DispatchService
 from dispatcher.taskmanager.execution import Answered, Attempt, task_of_line
-from dispatcher.taskmanager.manager import Manager
 from dispatcher.taskmanager.tasksource.file import FileTaskSource
-from tests.taskmanager.doubles import StubBackend, TaskGenerator, task_of
+from tests.taskmanager.doubles import StubBackend, TaskGenerator, managed, task_of
 
 MIB = 1 << 20
 LONGEST_LINE = 1_200_000
@@ -234,7 +233,7 @@ async def work_on(settings: RunSettings) -> bytes:
         settings, Echo, worker="w", batch_size=8, backend_up=lambda: True, stats=WorkerStats
     )
     await source.open()
-    await Manager(source, StubBackend(), workers=4).run()
+    await managed(source, StubBackend(), workers=4).run()
     return settings.outfile.read_bytes()
 
 

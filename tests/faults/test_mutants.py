@@ -29,6 +29,7 @@ IMAGES_PER_OPERATION = 4
 TIMEOUT_S = 150.0
 
 QUEUE = "core/work_queue.py"
+LEASED = "taskmanager/tasksource/leased.py"
 SERVICE = "service.py"
 JOURNAL = "storage/journal.py"
 OUTPUT = "storage/output.py"
@@ -40,6 +41,8 @@ WRITER = "storage/writer.py"
 SEEDS = "tests/faults/test_mutants.py::test_a_few_whole_runs_keep_every_promise"
 CRASHES = "tests/faults/test_mutants.py::test_a_few_crash_states_hold_what_was_acknowledged"
 IN_STORAGE = "tests/storage/"
+IN_CORE = "tests/core/test_work_queue.py::"
+IN_SOURCE = "tests/taskmanager/test_leased.py::"
 TAKING = "tests/service/test_taking_and_giving.py::"
 GOING_ON = "tests/service/test_going_on.py::"
 
@@ -101,6 +104,39 @@ MUTANTS = [
         "        pass\n",
         SEEDS,
         "is in no segment|is lost",
+    ),
+    # ---------------------------------------------------------------- engines that die
+    Mutant(
+        "an item that must run alone stays with the worker whose engine it killed",
+        QUEUE,
+        "            and item.crashes < self.policy.crashes_before_solo\n",
+        "",
+        IN_CORE + "test_the_second_crash_of_an_item_sends_it_back_to_run_alone",
+        "assert Renewal",
+    ),
+    Mutant(
+        "a renewed item counts as not started",
+        QUEUE,
+        "        young.progress = max(1, lease.progress)\n",
+        "",
+        IN_CORE + "test_a_worker_that_vanishes_right_after_a_renewal_crashed_with_the_item_running",
+        "assert 1 == 2",
+    ),
+    Mutant(
+        "a renewal is not told again when its reply was lost",
+        SERVICE,
+        "                if renewal.lease is not None:\n",
+        "                if renewal.lease is not None and renewal.ended:\n",
+        TAKING + "test_a_renewed_lease_is_on_disk_when_the_reply_leaves_and_survives_a_restart",
+        "assert .0, UNSET. == ",
+    ),
+    Mutant(
+        "an item that ends while its lease is renewed ends under the old one",
+        LEASED,
+        "                release.lease = renewed.renewed\n",
+        "",
+        IN_SOURCE + "test_an_item_that_ends_while_its_crash_is_told_ends_under_its_new_lease",
+        "assert .'0.1'. == .'0.2'.",
     ),
     # ---------------------------------------------------------------- the journal
     Mutant(

@@ -47,7 +47,7 @@ from dispatcher.models import (
 from dispatcher.server.access import Gate
 from dispatcher.server.app import listen, make_app, stop_listening
 from dispatcher.service import DispatchService
-from dispatcher.taskmanager.backend.base import Backend
+from dispatcher.taskmanager.backend.base import SimpleBackend
 from dispatcher.taskmanager.backend.request import Request, Response
 from dispatcher.taskmanager.manager import Manager
 from dispatcher.taskmanager.step_threads import THREAD_NAME
@@ -102,16 +102,16 @@ class Ask(GeneratorTask):
         return response.content
 
 
-class Computing(Backend):
+class Computing(SimpleBackend):
     """Answers after a while, now and then a long one, and counts what it computed."""
 
     def __init__(self, worker: str, rng: Random, computed: Counter[int]) -> None:
-        super().__init__()
+        super().__init__(limit=4)
         self._worker = worker
         self._rng = rng
         self._computed = computed
 
-    async def process(self, request: Request) -> Response:
+    async def answer(self, request: Request) -> Response:
         line: int = request.content["line"]
         longest_s = 0.3 if self._rng.random() < 0.1 else 0.02
         await asyncio.sleep(self._rng.uniform(0.0, longest_s))
@@ -162,7 +162,7 @@ async def work(
         stats=WorkerStats,
     )
     source._link = Told(source._link, run)
-    await Manager(source, Computing(name, Random(name), run.computed), workers=4).run()
+    await Manager(source, Computing(name, Random(name), run.computed)).run()
 
 
 def work_plainly(run: Run, name: str | None) -> None:

@@ -26,6 +26,7 @@ from dispatcher.taskmanager.backend.base import Backend
 from dispatcher.taskmanager.backend.request import Request, Response
 from dispatcher.taskmanager.execution import Attempt
 from dispatcher.taskmanager.execution import Outcome as AttemptOutcome
+from dispatcher.taskmanager.manager import Manager
 from dispatcher.taskmanager.task import GeneratorTask
 from dispatcher.taskmanager.tasksource.base import Assignment, WorkSource
 
@@ -146,7 +147,14 @@ class StubBackend(Backend):
         self.on_process: Callable[[Request], None] = lambda _: None
         self._gates: dict[str, tuple[Request, asyncio.Future[Response]]] = {}
 
-    async def process(self, request: Request) -> Response:
+    async def process(self, request: Request, order: int = 0) -> Response:
+        await self.slots.acquire(order)
+        try:
+            return await self.reply(request)
+        finally:
+            self.slots.release()
+
+    async def reply(self, request: Request) -> Response:
         text = said(request)
         self.log.append(text)
         self.in_flight[text] += 1
@@ -181,6 +189,14 @@ class StubBackend(Backend):
     def fail(self, text: str, error: BaseException) -> None:
         """Raise for what is gated under this text."""
         self._gates[text][1].set_exception(error)
+
+
+def managed(
+    source: WorkSource, backend: Backend, *, workers: int, max_active: int | None = None
+) -> Manager:
+    """Return a manager that has so many requests in flight at most."""
+    backend.slots.set_limit(workers)
+    return Manager(source, backend, max_active=max_active)
 
 
 class StubLink:

@@ -29,6 +29,7 @@ from dispatcher.models import (
     HeartbeatResponse,
     ReleaseItem,
     ReleaseWorkResponse,
+    RenewedLease,
     Step,
     StepItem,
     StepsResponse,
@@ -38,7 +39,6 @@ from dispatcher.models import (
 )
 from dispatcher.service import DispatchService
 from dispatcher.taskmanager.execution import Answered, Attempt, Raised, WantsRetry
-from dispatcher.taskmanager.manager import Manager
 from dispatcher.taskmanager.steps import StepLog, response_text
 from dispatcher.taskmanager.tasksource import leased
 from dispatcher.taskmanager.tasksource.base import Assignment
@@ -50,6 +50,7 @@ from tests.taskmanager.doubles import (
     TaskGenerator,
     answer,
     ask,
+    managed,
     run,
     task_of,
     turns,
@@ -136,7 +137,7 @@ def released(link: StubLink) -> dict[int, ReleaseItem]:
 
 
 async def work_through(source: LeasedSource, workers: int = 4) -> None:
-    await Manager(source, StubBackend(), workers=workers).run()
+    await managed(source, StubBackend(), workers=workers).run()
 
 
 # --- fetching -----------------------------------------------------------------------------------
@@ -435,7 +436,7 @@ def test_while_the_server_is_away_work_goes_on_and_every_result_arrives_once() -
         link = StubLink(*lines(60))
         source = source_of(link, batch_size=30)
         backend = StubBackend(delay_s=0.002)
-        working = asyncio.ensure_future(Manager(source, backend, workers=2).run())
+        working = asyncio.ensure_future(managed(source, backend, workers=2).run())
         await until(lambda: len(link.submitted) >= 5, "the first results")
         link.up = False
         reported, asked = len(link.submitted), len(backend.log)
@@ -518,7 +519,7 @@ def test_a_lost_server_ends_the_manager_too() -> None:
         link = StubLink(*lines(50))
         source = source_of(link, server_timeout_s=0.1)
         working = asyncio.ensure_future(
-            Manager(source, StubBackend(delay_s=0.002), workers=2).run()
+            managed(source, StubBackend(delay_s=0.002), workers=2).run()
         )
         await until(lambda: len(link.submitted) >= 5, "the first results")
         link.up = False
@@ -658,7 +659,7 @@ def test_a_verdict_on_running_items_frees_their_slots_for_others() -> None:
         link = StubLink(*lines(12))
         source = source_of(link)
         backend = StubBackend(gated=True)
-        working = asyncio.ensure_future(Manager(source, backend, workers=2).run())
+        working = asyncio.ensure_future(managed(source, backend, workers=2).run())
         await until(lambda: len(backend.waiting) == 2, "two in flight")
         link.open -= {0, 1}
         source.take_verdict(verdict(done=["0.1", "1.1"]))
@@ -781,7 +782,7 @@ def test_a_stopped_manager_leaves_no_line_unsettled() -> None:
         link = StubLink(*lines(300))
         source = source_of(link, batch_size=16)
         working = asyncio.ensure_future(
-            Manager(source, StubBackend(delay_s=0.001), workers=8).run()
+            managed(source, StubBackend(delay_s=0.001), workers=8).run()
         )
         await until(lambda: len(link.submitted) > 40, "some results")
         working.cancel()
@@ -796,22 +797,278 @@ def test_a_stopped_manager_leaves_no_line_unsettled() -> None:
     run(scenario())
 
 
+# --- an engine that died under a worker that lives ------------------------------------------------
+
+
+class CrashLink(StubLink):
+    """Renews crashed leases, but those of the lines in `takes_back`; keeps their present leases.
+
+    `loses_releases` replies to releases get lost; `on_release` is called before each reply.
+    """
+
+    def __init__(self, *lines: WorkItem, takes_back: Iterable[int] = ()) -> None:
+        super().__init__(*lines)
+        self.takes_back = set(takes_back)
+        self.leases = {item.work_id: str(item.lease) for item in lines}
+        self.crashes: list[str] = []
+        self.loses_releases = 0
+        self.on_release: Callable[[], None] = lambda: None
+        self.gate: asyncio.Event | None = None
+
+    async def release_work(
+        self, work_ids: Iterable[int] = (), items: Iterable[ReleaseItem] = ()
+    ) -> ReleaseWorkResponse:
+        items = list(items)
+        reply = await super().release_work(work_ids, items)
+        if reply.status is not WorkStatus.OK:
+            return reply
+        renewed = [grant for item in items if (grant := self._renew(item)) is not None]
+        self.on_release()
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.loses_releases:
+            self.loses_releases -= 1
+            return ReleaseWorkResponse(WorkStatus.SERVER_UNAVAILABLE)
+        return ReleaseWorkResponse(WorkStatus.OK, len(items), renewed)
+
+    def _renew(self, item: ReleaseItem) -> RenewedLease | None:
+        number, lease = item.work_id, str(item.lease)
+        ends = self.leases.get(number) == lease
+        if ends and item.reason == "crash":
+            self.crashes.append(lease)
+        if not item.renew:
+            if ends:
+                del self.leases[number]
+            return None
+        assert (item.reason, item.charge, item.steps, item.keep_yields) == (
+            *("crash", False, "keep"),
+            None,
+        )
+        if ends and number in self.takes_back:
+            del self.leases[number]
+        elif ends:
+            self.leases[number] = f"{number}.{int(lease.partition('.')[2]) + 1}"
+        now = self.leases.get(number)
+        return None if now is None else RenewedLease(number, lease, now, 1)
+
+
+def held(source: LeasedSource) -> dict[str, int]:
+    return dict(source.heartbeat_request().held)
+
+
+def test_items_go_on_under_the_leases_that_a_crash_leaves_them() -> None:
+    async def scenario() -> None:
+        link = CrashLink(*lines(3), takes_back=[1])
+        async with started(link) as source:
+            items = [await begin(source) for _ in range(3)]
+            for item in items[:2]:
+                item.progress = 7
+
+            kept = await source.crashed(items[:2])
+
+            assert kept == items[:1]
+            assert link.crashes == ["0.1", "1.1"]
+            assert items[0].item.lease == items[0].key == "0.2"
+            assert held(source) == {"0.2": 7, "2.1": 1}
+            await finish(source, items[0])
+            await until(lambda: link.submitted, "its result")
+            assert link.submitted[0].lease == "0.2"
+            assert held(source) == {"2.1": 1}
+
+    run(scenario())
+
+
+def test_what_a_crash_takes_away_is_not_cancelled_behind_the_managers_back() -> None:
+    async def scenario() -> None:
+        link = CrashLink(*lines(1), takes_back=[0])
+        async with started(link) as source:
+            item = await begin(source)
+            cancelled: list[str] = []
+            item.cancel = lambda: cancelled.append(item.key)
+
+            assert await source.crashed([item]) == []
+            assert held(source) == {}
+            assert cancelled == []
+
+    run(scenario())
+
+
+def test_an_older_server_takes_back_whatever_crashed() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(2))
+        async with started(link) as source:
+            items = [await begin(source) for _ in range(2)]
+
+            assert await source.crashed(items) == []
+            assert {item.reason for item in link.released} == {"crash"}
+
+    run(scenario())
+
+
+def test_items_of_a_server_without_leases_go_on_and_are_not_told_of() -> None:
+    async def scenario() -> None:
+        link = StubLink(WorkItem(0, '{"key": "i0"}'))
+        async with started(link) as source:
+            item = await begin(source)
+
+            assert await source.crashed([item]) == [item]
+            assert link.released == []
+
+    run(scenario())
+
+
+def test_while_the_server_is_away_all_go_on_until_it_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(leased, "_TELL_CRASH_S", 0.02)
+        link = CrashLink(*lines(3), takes_back=[1])
+        async with started(link) as source:
+            items = [await begin(source) for _ in range(3)]
+            cancelled: list[str] = []
+            for item in items:
+                item.cancel = lambda item=item: cancelled.append(item.key)
+            link.up = False
+
+            assert await source.crashed(items) == items
+            assert set(held(source)) == {"0.1", "1.1", "2.1"}
+            await finish(source, items[2])  # nobody needs to know of its crash
+            link.up = True
+            await until(lambda: "0.2" in held(source), "the server is told")
+
+            assert cancelled == ["1.1"]
+            assert held(source) == {"0.2": 1}
+            assert link.crashes == ["0.1", "1.1"]
+
+    run(scenario())
+
+
+def test_an_item_that_crashes_twice_before_the_server_hears_is_told_of_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def scenario() -> None:
+        monkeypatch.setattr(leased, "_TELL_CRASH_S", 0.02)
+        link = CrashLink(*lines(2))
+        async with started(link) as source:
+            items = [await begin(source) for _ in range(2)]
+            link.up = False
+            for _ in range(2):
+                assert await source.crashed(items) == items
+            link.up = True
+            await until(lambda: set(held(source)) == {"0.3", "1.3"}, "both are told")
+
+            assert link.crashes == ["0.1", "1.1", "0.2", "1.2"]
+
+    run(scenario())
+
+
+def test_a_crash_whose_reply_was_lost_is_told_again_and_counts_once() -> None:
+    async def scenario() -> None:
+        link = CrashLink(*lines(2), takes_back=[1])
+        link.loses_releases = 2
+        async with started(link) as source:
+            items = [await begin(source) for _ in range(2)]
+
+            assert await source.crashed(items) == items[:1]
+            assert held(source) == {"0.2": 1}
+            assert link.crashes == ["0.1", "1.1"]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("outcome", [Answered('{"done": true}'), WantsRetry("again", False)])
+def test_an_item_that_ends_while_its_crash_is_told_ends_under_its_new_lease(outcome: Any) -> None:
+    async def scenario() -> None:
+        link = CrashLink(*lines(1))
+        link.gate = asyncio.Event()
+        async with started(link) as source:
+            item = await begin(source)
+            telling = asyncio.ensure_future(source.crashed([item]))
+            await until(lambda: link.crashes, "the server knows, the worker does not yet")
+            await finish(source, item, outcome)
+            link.gate.set()
+            await telling
+            await until(lambda: not held(source), "it ended")
+            await until(lambda: link.submitted or len(link.released) == 2, "it is reported")
+
+            ends = [end.lease for end in (*link.submitted, *link.released[1:])]
+            assert ends == ["0.2"]
+            assert [end.charge for end in link.released[1:]] == [True] * len(link.released[1:])
+
+    run(scenario())
+
+
+def test_a_new_lease_of_an_item_that_is_held_no_more_is_given_back() -> None:
+    async def scenario() -> None:
+        link = CrashLink(*lines(1))
+        link.gate = asyncio.Event()
+        async with started(link) as source:
+            item = await begin(source)
+            telling = asyncio.ensure_future(source.crashed([item]))
+            await until(lambda: link.crashes, "the server knows, the worker does not yet")
+            source.take_verdict(verdict(done=["0.1"]))
+            link.gate.set()
+            await telling
+            await until(lambda: not link.leases, "it is given back")
+
+            assert (link.released[1].lease, link.released[1].charge) == ("0.2", False)
+            assert held(source) == {}
+
+    run(scenario())
+
+
+def test_verdicts_on_a_lease_that_was_renewed_do_not_drop_its_item() -> None:
+    async def scenario() -> None:
+        link = CrashLink(*lines(1))
+        async with started(link) as source:
+            item = await begin(source)
+            await source.crashed([item])
+
+            source.take_verdict(verdict(done=["0.1"], lost=["0.1"], back=["0.1"]))
+
+            assert held(source) == {"0.2": 1}
+
+    run(scenario())
+
+
+def test_stopping_tells_of_a_crash_and_then_gives_back_the_new_lease() -> None:
+    async def scenario() -> None:
+        link = CrashLink(*lines(2))
+        async with started(link, batch_size=2) as source:
+            items = [await begin(source) for _ in range(2)]
+            link.gate = asyncio.Event()
+            telling = asyncio.ensure_future(source.crashed(items[:1]))
+            await until(lambda: link.crashes, "the server knows, the worker does not yet")
+            link.gate = None
+            await source.give_back(items, "stopped")
+            await telling
+
+            assert link.crashes == ["0.1"]
+            assert link.leases == {}
+            given_back = [(x.lease, x.reason, x.charge) for x in link.released if not x.renew]
+            assert sorted(given_back) == [("0.2", "stopped", False), ("1.1", "stopped", False)]
+
+    run(scenario())
+
+
 def test_an_engine_that_died_is_a_crash_of_what_was_running_on_it() -> None:
     async def scenario() -> None:
-        link = StubLink(*lines(8))
+        link = CrashLink(*lines(8))
         source = source_of(link)
         backend = StubBackend(gated=True)
-        working = asyncio.ensure_future(Manager(source, backend, workers=2).run())
+        working = asyncio.ensure_future(managed(source, backend, workers=2).run())
         await until(lambda: len(backend.waiting) == 2, "two in flight")
+        assert backend.on_crash is not None
+        await backend.on_crash({1, 2})
         for text in backend.waiting:
-            backend.fail(text, BackendError("the engine died"))
+            backend.fail(text, BackendError("the engine died too often"))
         await asyncio.wait([working], timeout=2)
 
         assert isinstance(working.exception(), BackendError)
-        told = released(link)
-        assert {n: told[n].reason for n in (0, 1)} == {0: "crash", 1: "crash"}
-        assert "crash" not in {told[n].reason for n in told if n > 1}
-        assert not any(item.charge for item in told.values())
+        assert link.crashes == ["0.1", "1.1"]
+        assert {x.lease for x in link.released if not x.renew} >= {"0.2", "1.2"}
+        assert not any(item.charge for item in link.released)
+        assert not set(link.leases) & {0, 1}
 
     run(scenario())
 
@@ -886,7 +1143,7 @@ async def stuck_after(
         backend.gated = calls > count
 
     backend.on_process = hold
-    working = asyncio.ensure_future(Manager(source_of(link, generator), backend, workers=4).run())
+    working = asyncio.ensure_future(managed(source_of(link, generator), backend, workers=4).run())
     await until(lambda: calls > count, "the request that is not answered")
     yield working
     working.cancel()
@@ -908,7 +1165,7 @@ def test_a_thousand_items_of_one_request_make_no_call_for_steps(compute_s: float
         start = time.monotonic()
 
         source = source_of(link, generator, batch_size=400)
-        await Manager(source, StubBackend(), workers=400).run()
+        await managed(source, StubBackend(), workers=400).run()
 
         print(f"1000 items in {time.monotonic() - start:.2f} s, {len(link.calls)} calls")
         assert len(link.submitted) == 1000
@@ -930,7 +1187,7 @@ def test_a_task_that_computes_for_long_has_its_answer_recorded_meanwhile() -> No
     async def scenario() -> None:
         link = StepLink(line(0))
         working = asyncio.ensure_future(
-            Manager(source_of(link, generator), StubBackend(), workers=1).run()
+            managed(source_of(link, generator), StubBackend(), workers=1).run()
         )
         await until(computing.is_set, "it computes")
         start = time.monotonic()
@@ -1074,7 +1331,7 @@ def test_an_item_that_brings_its_steps_is_not_asked_for_them_again() -> None:
     async def scenario() -> None:
         link = StepLink(line(0, steps=recorded_of(in_turn, 2)), line(1))
         backend = StubBackend()
-        manager = Manager(source_of(link, in_turn), backend, workers=4)
+        manager = managed(source_of(link, in_turn), backend, workers=4)
         await manager.run()
 
         assert sorted(backend.log) == ["i0 2 yes", "i1 0", "i1 1 yes", "i1 2 yes"]
@@ -1097,7 +1354,7 @@ def test_a_task_that_asks_something_else_than_recorded_is_told_once(ends_at_once
     async def scenario() -> None:
         link = StepLink(line(0, steps=recorded_of(in_turn, 3)), line(1))
         backend = StubBackend(delay_s=0.0 if ends_at_once else 0.15)
-        await Manager(source_of(link, changed), backend, workers=4).run()
+        await managed(source_of(link, changed), backend, workers=4).run()
 
         cuts = [(step.work_id, step.pos) for step in link.steps if step.response is None]
         assert cuts == [(0, (1, 0))]
@@ -1114,7 +1371,7 @@ def test_a_server_that_refuses_steps_gets_its_results_all_the_same(error: Except
         link = StepLink(*lines(8))
         link.refusal = error
         source = source_of(link, in_turn)
-        await Manager(source, StubBackend(delay_s=0.1), workers=4).run()
+        await managed(source, StubBackend(delay_s=0.1), workers=4).run()
 
         assert len(link.submitted) == 8
         assert link.calls.count("steps") == 1
@@ -1128,7 +1385,7 @@ def test_steps_that_an_item_brings_count_also_when_this_worker_may_record_none()
         link.open.add(1)
         link.refusal = BadRequestError("400")
         backend = StubBackend(delay_s=0.15)
-        working = asyncio.ensure_future(Manager(source_of(link, in_turn), backend, workers=1).run())
+        working = asyncio.ensure_future(managed(source_of(link, in_turn), backend, workers=1).run())
         await until(lambda: link.submitted, "the first result")
         assert "steps" in link.calls
         asked = len(backend.log)
@@ -1156,7 +1413,7 @@ def test_results_get_through_while_other_items_step_without_pause() -> None:
         link.step_latency_s = 0.02
         backend = StubBackend(delay_s=0.002)
         working = asyncio.ensure_future(
-            Manager(source_of(link, generator), backend, workers=6).run()
+            managed(source_of(link, generator), backend, workers=6).run()
         )
         await until(lambda: len(link.released) == 4, "the releases")
         assert not link.submitted
@@ -1175,7 +1432,7 @@ async def killed_after(service: DispatchService, generator: Any, count: int) -> 
     backend = StubBackend(gated=True)
     source = source_of(link, generator)  # type: ignore[arg-type]
     await link.heartbeat(HeartbeatRequest(f"w{count}"))
-    working = asyncio.ensure_future(Manager(source, backend, workers=8).run())
+    working = asyncio.ensure_future(managed(source, backend, workers=8).run())
     for answered in range(count):
         await until(lambda: backend.waiting, "a request")
         backend.answer(backend.waiting[0])
@@ -1197,7 +1454,7 @@ async def killed_after(service: DispatchService, generator: Any, count: int) -> 
 async def finished(service: DispatchService, generator: Any) -> list[str]:
     link = ServiceLink(service, "last")
     backend = StubBackend()
-    await Manager(source_of(link, generator), backend, workers=8).run()  # type: ignore[arg-type]
+    await managed(source_of(link, generator), backend, workers=8).run()  # type: ignore[arg-type]
     await service.finished.wait()
     return backend.log
 
@@ -1213,6 +1470,34 @@ def ten_in_turn(self: Any) -> TaskGenerator:
     for count in range(10):
         text = (yield ask(f"{count} {self.rng.random()} {text}")).get_text()
     return {"text": text}
+
+
+def test_an_item_goes_on_through_a_crash_of_its_engine_without_asking_twice(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        service = DispatchService(run_of(tmp_path))
+        await service.start()
+        link, backend = ServiceLink(service, "w"), StubBackend(gated=True)
+        await link.heartbeat(HeartbeatRequest("w"))
+        source = source_of(link, ten_in_turn)  # type: ignore[arg-type]
+        working = asyncio.ensure_future(managed(source, backend, workers=8).run())
+        for count in range(4):
+            await until(lambda n=count: len(backend.log) > n, "a request")
+            if count < 3:
+                backend.answer(backend.waiting[0])
+        assert backend.on_crash is not None
+        assert await backend.on_crash({1}) is False
+        assert [x.serial for x in service.queue.leases.values()] == [2]
+        backend.open()
+        await working
+        await service.finished.wait()
+
+        assert [int(text.split()[0]) for text in backend.log] == list(range(10))
+        status = service.status()
+        assert (status["crashed"], status["charged"], status["done"]) == (1, 0, 1)
+        assert status["steps"] >= 3
+        await service.close()
+
+    run(scenario())
 
 
 def test_of_an_item_whose_workers_are_killed_again_and_again_no_step_is_asked_twice(

@@ -12,10 +12,23 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from dispatcher.errors import BackendError, UsageError
+from dispatcher.core.limiter import AdaptiveLimiter, LimiterPolicy
+from dispatcher.core.saturation import Saturation
+from dispatcher.errors import (
+    AuthenticationError,
+    BackendError,
+    QuotaExhaustedError,
+    UsageError,
+)
 from dispatcher.fakellm import FakeLLM, FakeLLMSettings, Rule
-from dispatcher.taskmanager.backend import openai_compatible
-from dispatcher.taskmanager.backend.openai_compatible import Endpoint, OpenAICompatibleBackend
+from dispatcher.taskmanager.backend import http, servers
+from dispatcher.taskmanager.backend.autoscale import AutoScaler
+from dispatcher.taskmanager.backend.bodies import Sending
+from dispatcher.taskmanager.backend.http import Endpoint
+from dispatcher.taskmanager.backend.openai_compatible import (
+    OpenAICompatibleBackend,
+    RetryPolicy,
+)
 from dispatcher.taskmanager.backend.request import Request, Response
 from tests.taskmanager.doubles import ask, run, until
 
@@ -24,16 +37,22 @@ CHAT = "/v1/chat/completions"
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Try again after milliseconds; and let no proxy of this machine stand in between."""
-    monkeypatch.setattr(openai_compatible, "_FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr(openai_compatible, "_LONGEST_DELAY_S", 0.04)
+    """Let no proxy of this machine stand in between."""
+    monkeypatch.setattr(servers, "_FIRST_PROBE_PAUSE_S", 0.01)
     for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "all_proxy", "no_proxy"):
         monkeypatch.delenv(name, raising=False)
 
 
+IMPATIENT = RetryPolicy(initial_delay_s=0.01, max_delay_s=0.04)
+
+
 @asynccontextmanager
-async def backend_of(url: str, **options: Any) -> AsyncIterator[OpenAICompatibleBackend]:
-    backend = OpenAICompatibleBackend(Endpoint(url, **{"model": "m", **options}))
+async def backend_of(
+    *urls: str, asking: dict[str, Any] | None = None, **options: Any
+) -> AsyncIterator[OpenAICompatibleBackend]:
+    """Yield a backend; `options` are those of its endpoints, `asking` its own."""
+    endpoints = [Endpoint(url, **{"model": "m", **options}) for url in urls]
+    backend = OpenAICompatibleBackend(endpoints, **{"retries": IMPATIENT, **(asking or {})})
     await backend.start()
     try:
         yield backend
@@ -43,12 +62,12 @@ async def backend_of(url: str, **options: Any) -> AsyncIterator[OpenAICompatible
 
 @asynccontextmanager
 async def served(
-    *rules: Rule, timeout_s: float = 5.0, **settings: Any
+    *rules: Rule, timeout_s: float = 5.0, asking: dict[str, Any] | None = None, **settings: Any
 ) -> AsyncIterator[tuple[OpenAICompatibleBackend, FakeLLM]]:
     fake = FakeLLM(FakeLLMSettings(rules=rules, **settings))
     url = await fake.start()
     try:
-        async with backend_of(url, request_timeout_s=timeout_s) as backend:
+        async with backend_of(url, request_timeout_s=timeout_s, asking=asking) as backend:
             yield backend, fake
     finally:
         await fake.stop()
@@ -116,9 +135,6 @@ def test_the_api_key_is_sent() -> None:
         url = await fake.start()
         async with backend_of(url, api_key="secret") as backend:
             assert (await backend.process(ask())).is_success
-        async with backend_of(url) as backend:
-            response = await backend.process(ask())
-            assert response.error == "HTTP 401: Incorrect API key provided."
         await fake.stop()
 
     run(scenario())
@@ -130,9 +146,9 @@ def test_requests_and_tokens_are_counted() -> None:
             responses = await ask_all(backend, "one two three", "four", "bad")
             answered = [r.content for r in responses if r.content is not None]
 
-            assert backend.usage.requests == 2
-            assert backend.usage.prompt_tokens == 4
-            assert backend.usage.completion_tokens == sum(
+            account = backend.accounts()["m"]
+            assert (account.requests, account.errors, account.prompt_tokens) == (2, 1, 4)
+            assert account.completion_tokens == sum(
                 content["usage"]["completion_tokens"] for content in answered
             )
 
@@ -141,7 +157,7 @@ def test_requests_and_tokens_are_counted() -> None:
 
 def test_hundreds_of_requests_are_in_flight_at_once() -> None:
     async def scenario() -> None:
-        async with served(latency_s=0.3) as (backend, fake):
+        async with served(latency_s=0.3, asking={"limit": 1000}) as (backend, fake):
             responses = await ask_all(backend, *(f"q{n}" for n in range(300)))
 
             assert all(response.is_success for response in responses)
@@ -224,7 +240,8 @@ def test_a_request_that_fails_while_the_server_lives_gets_three_tries(
 ) -> None:
     async def scenario() -> None:
         rule = Rule(match="bad", **fault)
-        async with served(rule, timeout_s=0.25) as (backend, fake):
+        timeout_s = 0.25 if problem == "Timeout" else 5.0
+        async with served(rule, timeout_s=timeout_s) as (backend, fake):
             bad, *fine = await ask_all(backend, "bad", *(f"fine {n}" for n in range(20)))
 
             assert bad.error.startswith(problem)
@@ -244,7 +261,31 @@ def test_a_request_that_fails_twice_is_answered_in_the_third_try(fault: dict[str
         async with served(Rule(first=2, **fault)) as (backend, fake):
             assert (await backend.process(ask())).is_success
             assert fake.calls[CHAT] == 3
-            assert backend.usage.requests == 1
+            assert backend.accounts()["m"].requests == 1
+
+    run(scenario())
+
+
+def test_requests_that_fail_together_ask_once_whether_the_server_lives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probes = 0
+    answers = servers.answers
+
+    async def counting(server: http.Transport) -> bool:
+        nonlocal probes
+        probes += 1
+        await asyncio.sleep(0.1)
+        return await answers(server)
+
+    monkeypatch.setattr(servers, "answers", counting)
+
+    async def scenario() -> None:
+        async with served(Rule(status=500), asking={"limit": 50}) as (backend, _):
+            responses = await ask_all(backend, *(f"{n}" for n in range(50)))
+
+            assert not any(response.is_success for response in responses)
+            assert probes <= 15  # three rounds, of which the last ones spread
 
     run(scenario())
 
@@ -274,7 +315,7 @@ def test_an_answer_without_usage_counts_as_a_request() -> None:
         body = b'{"choices": [], "usage": null}'
         async with answering(b"HTTP/1.1 200 OK\r\n", body) as (url, _), backend_of(url) as backend:
             assert (await backend.process(ask())).is_success
-            assert backend.usage.requests == 1
+            assert backend.accounts()["m"].requests == 1
 
     run(scenario())
 
@@ -360,7 +401,7 @@ def test_a_server_that_is_restarted_in_mid_run_fails_nothing() -> None:
             await again.stop()
 
             assert all(response.is_success for response in responses)
-            assert backend.usage.requests == 200
+            assert backend.accounts()["m"].requests == 200
             assert backend.healthy()
 
     run(scenario())
@@ -387,7 +428,7 @@ def test_a_server_that_is_not_there_yet_is_waited_for() -> None:
 def test_a_server_that_hangs_whole_is_waited_for_and_not_blamed_on_a_request(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(openai_compatible, "_PROBE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(http.Transport.get, "__defaults__", (0.1,))
 
     async def scenario() -> None:
         hangs = True
@@ -409,21 +450,24 @@ def test_a_server_that_hangs_whole_is_waited_for_and_not_blamed_on_a_request(
     run(scenario())
 
 
-def test_one_task_asks_for_all_whether_the_server_is_back() -> None:
+def test_one_task_asks_for_all_whether_the_server_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    probes = 0
+    answers = servers.answers
+
+    async def counting(server: http.Transport) -> bool:
+        nonlocal probes
+        probes += 1
+        return await answers(server)
+
+    monkeypatch.setattr(servers, "answers", counting)
+
     async def scenario() -> None:
         fake = FakeLLM()
         url = await fake.start()
         await fake.stop()
-        async with backend_of(url) as backend:
-            probes = 0
-            probe = backend._probe
-
-            async def counting() -> bool:
-                nonlocal probes
-                probes += 1
-                return await probe()
-
-            backend._probe = counting  # type: ignore[method-assign]
+        async with backend_of(url, asking={"limit": 200}) as backend:
             asking = [asyncio.ensure_future(backend.process(ask(f"{n}"))) for n in range(200)]
             await until(lambda: probes >= 3, "it asks again and again")
             for task in asking:
@@ -466,6 +510,299 @@ def test_a_request_may_be_given_up_at_any_time() -> None:
                 assert asking.cancelled()
             await until(lambda: fake.in_flight == 0, "the server notices")
             assert (await backend.process(ask())).is_success
+
+    run(scenario())
+
+
+# --- what ends the work ---------------------------------------------------------------------------
+
+
+def test_a_refused_key_ends_the_work_and_names_where_it_should_be() -> None:
+    async def scenario() -> None:
+        fake = FakeLLM(FakeLLMSettings(api_key="secret"))
+        url = await fake.start()
+        async with backend_of(url, api_key="wrong-key", key_source="JUDGE_KEY") as backend:
+            ends = await asyncio.gather(
+                *(backend.process(ask(f"{n}")) for n in range(3)), return_exceptions=True
+            )
+            for end in ends:
+                assert isinstance(end, AuthenticationError)
+                assert url in str(end)
+                assert "set JUDGE_KEY to a valid one" in str(end)
+                assert "wrong-key" not in str(end)
+        await fake.stop()
+
+    run(scenario())
+
+
+def test_a_model_that_is_not_there_ends_the_work_but_one_that_a_task_asks_for_does_not() -> None:
+    async def scenario() -> None:
+        async with served(models=("m",)) as (backend, _):
+            other = await backend.process(ask(model="other"))
+            assert other.error == "HTTP 404: The model `other` does not exist."
+        async with served(models=("another",)) as (backend, _):
+            with pytest.raises(BackendError, match="has no model 'm'"):
+                await backend.process(ask())
+
+    run(scenario())
+
+
+def test_a_used_up_quota_ends_the_work_to_be_gone_on_with_later() -> None:
+    async def scenario() -> None:
+        body = b'{"error": {"message": "Quota exceeded", "code": "insufficient_quota"}}'
+        async with (
+            answering(b"HTTP/1.1 429 Slow\r\n", body) as (url, asked),
+            backend_of(url) as backend,
+        ):
+            with pytest.raises(QuotaExhaustedError, match="was given back"):
+                await backend.process(ask())
+            with pytest.raises(QuotaExhaustedError):
+                await backend.process(ask())
+            assert len(asked) == 1
+
+    run(scenario())
+
+
+# --- slots, limits, several servers -------------------------------------------------------------
+
+
+def test_a_slot_is_not_held_while_a_request_waits_to_be_sent_again() -> None:
+    async def scenario() -> None:
+        rule = Rule(match="bad", first=1, status=429, retry_after_s=0.4)
+        async with served(rule, asking={"limit": 1}) as (backend, fake):
+            bad = asyncio.ensure_future(backend.process(ask("bad"), 0))
+            await until(lambda: fake.answers[429] == 1, "it is refused")
+            fine = [backend.process(ask(f"{n}"), n) for n in range(1, 6)]
+            await asyncio.gather(*fine)
+
+            assert not bad.done()
+            assert backend.requests_in_flight == 0
+            assert backend.room() == 1
+            assert (await bad).is_success
+            assert backend.accounts()["m"].overloads == 1
+
+    run(scenario())
+
+
+def test_requests_that_wait_for_a_server_leave_no_room_for_further_items() -> None:
+    async def scenario() -> None:
+        fake = FakeLLM()
+        url = await fake.start()
+        await fake.stop()
+        async with backend_of(url, asking={"limit": 3}) as backend:
+            asking = [asyncio.ensure_future(backend.process(ask(f"{n}"), n)) for n in range(3)]
+            await until(lambda: not backend.healthy(), "the outage is noticed")
+
+            assert backend.room() == 0
+            for task in asking:
+                task.cancel()
+            await asyncio.wait(asking)
+            assert backend.room() == 3
+
+    run(scenario())
+
+
+def test_no_more_requests_than_the_limit_are_in_flight_and_older_items_go_first() -> None:
+    async def scenario() -> None:
+        async with served(latency_s=0.01, asking={"limit": 2}) as (backend, fake):
+            done: list[int] = []
+
+            async def one(order: int) -> None:
+                await backend.process(ask(f"{order}"), order)
+                done.append(order)
+
+            await asyncio.gather(*(one(order) for order in (9, 8, 7, 3, 2, 1)))
+            assert fake.max_in_flight == 2
+            assert done[2:] == [1, 2, 3, 7] or sorted(done[2:4]) == [1, 2]
+
+    run(scenario())
+
+
+def test_with_a_limiter_the_limit_follows_what_the_server_bears() -> None:
+    async def scenario() -> None:
+        limiter = AdaptiveLimiter(LimiterPolicy(min_concurrent=2, max_concurrent=64))
+        settings = {"max_in_flight": 8, "retry_after_s": 0.01, "latency_s": 0.005}
+        async with served(asking={"limiter": limiter}, **settings) as (backend, fake):
+            assert backend.limit == limiter.limit
+            responses = await ask_all(backend, *(f"q{n}" for n in range(400)))
+
+            assert all(response.is_success for response in responses)
+            assert backend.limit == limiter.limit
+            assert 2 <= backend.limit <= 32
+            assert fake.answers[429] < 100
+
+    run(scenario())
+
+
+def test_with_an_engine_that_tells_its_load_the_limit_follows_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(AutoScaler.__init__.__kwdefaults__, "pause_s", 0.02)
+
+    async def scenario() -> None:
+        settings = {"capacity": 24, "latency_s": 0.02}
+        saturation = Saturation(first=4)
+        async with served(asking={"saturation": saturation}, **settings) as (backend, fake):
+            assert backend.limit == 4
+            grown = False
+
+            def notice() -> None:
+                nonlocal grown
+                grown = True
+
+            async def blame(orders: set[int]) -> bool:
+                return False
+
+            backend.watch(notice, blame)
+            await ask_all(backend, *(f"q{n}" for n in range(2000)))
+
+            assert grown
+            assert 24 <= backend.limit <= 64
+            assert fake.max_in_flight <= 64
+
+    run(scenario())
+
+
+def test_a_streamed_answer_is_whole_and_its_first_token_was_timed() -> None:
+    async def scenario() -> None:
+        sending = Sending(stream=True, generation={"max_completion_tokens": 12})
+        settings = {"ttft_s": 0.05, "tokens_per_s": 200.0}
+        async with served(asking={"sending": sending}, **settings) as (backend, _):
+            streamed = await backend.process(ask("a question"))
+        async with served(asking={"sending": Sending(generation=sending.generation)}) as (plain, _):
+            whole = await plain.process(ask("a question"))
+
+            assert streamed.content == whole.content
+            ttft = backend.accounts()["m"].ttft
+            assert sum(ttft.counts) == 1
+            assert 0.04 < ttft.total < 0.1
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("fault", [{"truncate": True}, {"garbage": True}, {"status": 500}])
+def test_a_stream_that_fails_is_tried_again(fault: dict[str, Any]) -> None:
+    async def scenario() -> None:
+        sending = {"sending": Sending(stream=True)}
+        async with served(Rule(first=1, **fault), asking=sending) as (backend, fake):
+            assert (await backend.process(ask())).is_success
+            assert fake.calls[CHAT] == 2
+            assert backend.accounts()["m"].retried == 1
+
+    run(scenario())
+
+
+def test_requests_go_to_the_server_that_has_the_fewest() -> None:
+    async def scenario() -> None:
+        quick, slow = (
+            FakeLLM(FakeLLMSettings(latency_s=0.01)),
+            FakeLLM(FakeLLMSettings(latency_s=0.1)),
+        )
+        urls = [await quick.start(), await slow.start()]
+        async with backend_of(*urls, asking={"limit": 8}) as backend:
+            await ask_all(backend, *(f"q{n}" for n in range(100)))
+        assert quick.calls[CHAT] > 3 * slow.calls[CHAT] > 0
+        await quick.stop()
+        await slow.stop()
+
+    run(scenario())
+
+
+def test_when_one_of_several_servers_dies_the_others_go_on_and_nothing_fails() -> None:
+    async def scenario() -> None:
+        settings = FakeLLMSettings(latency_s=0.01)
+        one, two = FakeLLM(settings), FakeLLM(settings)
+        urls = [await one.start(), await two.start()]
+        async with backend_of(*urls, asking={"limit": 8}) as backend:
+            working = [asyncio.ensure_future(backend.process(ask(f"q{n}"))) for n in range(300)]
+            await until(lambda: two.calls[CHAT] > 20, "both are asked")
+            await two.stop()
+            responses = await asyncio.gather(*working)
+
+            assert all(response.is_success for response in responses)
+            assert backend.healthy()
+        await one.stop()
+
+    run(scenario())
+
+
+def test_nothing_is_sent_while_the_server_says_that_nothing_is_left() -> None:
+    async def scenario() -> None:
+        head = (
+            b"HTTP/1.1 200 OK\r\nx-ratelimit-remaining-tokens-minute: 0\r\n"
+            b"x-ratelimit-reset-tokens-minute: 0.4\r\n"
+        )
+        async with answering(head, b"{}") as (url, asked), backend_of(url) as backend:
+            await backend.process(ask())
+            start = time.monotonic()
+            await ask_all(backend, "a", "b", "c")
+            assert time.monotonic() - start >= 0.35
+            assert len(asked) == 4
+
+    run(scenario())
+
+
+def test_a_limit_a_minute_is_kept_to_by_all_after_one_refusal() -> None:
+    async def scenario() -> None:
+        head = (
+            b"HTTP/1.1 429 Slow\r\nx-ratelimit-remaining-requests-minute: 0\r\n"
+            b"x-ratelimit-reset-requests-minute: 30\r\n"
+        )
+        async with (
+            answering(head, b"{}") as (url, asked),
+            backend_of(url, asking={"limit": 1}) as backend,
+        ):
+            asking = [asyncio.ensure_future(backend.process(ask(f"{n}"), n)) for n in range(20)]
+            await until(lambda: asked, "the first one is sent")
+            await asyncio.sleep(0.3)
+            assert len(asked) == 1
+            for task in asking:
+                task.cancel()
+            await asyncio.wait(asking)
+
+    run(scenario())
+
+
+# --- a server that is started again -------------------------------------------------------------
+
+
+def test_what_was_in_flight_on_a_server_that_died_is_known_until_another_one_answers() -> None:
+    async def scenario() -> None:
+        fake = FakeLLM(FakeLLMSettings(rules=(Rule(hang=True),)))
+        url = await fake.start()
+        async with backend_of(url, asking={"limit": 2}) as backend:
+            asking = [asyncio.ensure_future(backend.process(ask(f"{n}"), n)) for n in range(4)]
+            await until(lambda: fake.in_flight == 2, "two are in flight")
+            await fake.stop()
+            await until(lambda: not backend.healthy(), "the outage is noticed")
+            await until(
+                lambda: backend.orders_in_flight() == {0, 1}, "one that found nobody is not"
+            )
+            backend.declare_away("it died")
+            assert backend.orders_in_flight() == {0, 1}
+
+            again = FakeLLM()
+            await backend.move_to(Endpoint(await again.start(), "m"))
+            responses = await asyncio.gather(*asking)
+            assert all(response.is_success for response in responses)
+            assert backend.orders_in_flight() == set()
+            assert backend.accounts()["m"].restarts == 1
+            await again.stop()
+
+    run(scenario())
+
+
+def test_a_server_that_is_declared_away_is_not_asked_though_it_answers() -> None:
+    async def scenario() -> None:
+        async with served() as (backend, fake):
+            backend.declare_away("it makes no progress")
+            asking = asyncio.ensure_future(backend.process(ask()))
+            await asyncio.sleep(0.1)
+            assert not asking.done()
+            assert not backend.healthy()
+            assert fake.calls[CHAT] == 0
+            asking.cancel()
+            await asyncio.wait([asking])
 
     run(scenario())
 

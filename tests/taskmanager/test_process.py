@@ -111,6 +111,45 @@ def test_the_last_lines_are_the_last_ones_however_long_the_log_is(tmp_path: Path
     run(scenario(), START_S)
 
 
+def test_lines_that_tell_nothing_do_not_hide_the_reason(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        code = "print('the real reason'); [print('leaked', n) for n in range(99)]; print('bye')"
+        command = [sys.executable, "-c", code]
+        process = ServerProcess("it", command, tmp_path / "it.log", {}, noise="^leaked")
+        await process.start()
+        await process.wait()
+        assert process.last_lines() == "the real reason\nbye"
+        assert "leaked 98" in process.tail()
+        await process.stop()
+
+    run(scenario(), START_S)
+
+
+def test_what_became_of_it_is_told_with_the_end_of_its_log(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with started(tmp_path / "it.log", "print('last words')") as process:
+            await process.wait()
+            expected = f"the engine hangs; its log {tmp_path / 'it.log'} ends with:\nlast words"
+            assert str(process.failure("hangs")) == expected
+        async with started(tmp_path / "silent.log", "pass") as process:
+            await process.wait()
+            assert str(process.failure("hangs")) == "the engine hangs"
+
+    run(scenario(), START_S)
+
+
+def test_stopping_again_does_not_touch_a_group_that_may_be_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with started(tmp_path / "it.log", "pass") as process:
+            await process.stop(1)
+            monkeypatch.setattr(os, "killpg", lambda *_: pytest.fail("a signal to nobody"))
+            await process.stop(1)
+
+    run(scenario(), START_S)
+
+
 def test_a_line_behind_a_long_log_is_found(tmp_path: Path) -> None:
     async def scenario() -> None:
         code = "print(('x' * 99 + '\\n') * 20_000); print('ready', flush=True); input()"

@@ -683,3 +683,48 @@ def test_whatever_happens_nothing_is_kept_of_items_that_ended(seed: int) -> None
             assert not recorder._waiting
 
     run(main)
+
+
+# --- a lease that is renewed ---------------------------------------------------------------------
+
+
+def test_steps_that_came_while_a_lease_was_renewed_go_out_under_the_new_one_in_order() -> None:
+    async def main() -> None:
+        desk = Desk()
+        # The old lease ended at the server before the worker heard of the new one.
+        desk.judge = lambda step: StepOutcome.STALE if step.lease == "0.1" else StepOutcome.ACCEPTED
+        async with recording(desk) as recorder:
+            item, other = asking(recorder), asking(recorder, 1)
+            with recorder.holding({"0.1"}):
+                item.steps_on()
+                other.steps_on()
+                item.steps_on()
+                await asyncio.sleep(1.0)
+                assert [step.lease for _, step in desk.taken] == ["1.1"]
+                item.item.lease, item.item.attempt = "0.9", 3
+                recorder.rename("0.1", item.item)
+            item.steps_on()
+            await asyncio.sleep(1.0)
+
+        mine = [(step.lease, step.attempt, step.pos) for _, step in desk.taken if not step.work_id]
+        assert mine == [("0.9", 3, (place, 0)) for place in range(3)]
+        assert item.log.is_open
+        assert recorder._size == 0
+
+    run(main)
+
+
+def test_steps_of_a_lease_that_was_not_renewed_after_all_go_out_as_they_are() -> None:
+    async def main() -> None:
+        desk = Desk()
+        async with recording(desk) as recorder:
+            item = asking(recorder)
+            with recorder.holding({"0.1"}):
+                item.steps_on()
+                assert await recorder.flush()
+                assert desk.taken == []
+            await asyncio.sleep(PROMISED_S)
+
+        assert [step.lease for _, step in desk.taken] == ["0.1"]
+
+    run(main)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from dispatcher.taskmanager.slots import RequestSlots
+from dispatcher.taskmanager.backend.slots import RequestSlots
 from tests.taskmanager.doubles import run, turns
 
 

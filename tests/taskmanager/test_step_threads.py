@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import sys
 import threading
 import time
 
@@ -11,6 +13,7 @@ import pytest
 
 from dispatcher.taskmanager import step_threads
 from dispatcher.taskmanager.step_threads import StepThreads
+from tests.faults.heavy_tasks import compute
 from tests.taskmanager.doubles import run, until
 
 STUCK_S = 5.0
@@ -235,6 +238,108 @@ def test_slow_steps_are_counted_measured_and_warned_about(
         assert threads.slow_steps == 1
         assert threads.longest_step_s >= 0.1
         assert "a task computed or slept for 0." in caplog.text
+        threads.close()
+
+    run(scenario())
+
+
+# --- slow owners and computing threads ----------------------------------------------------------
+
+
+class Owner:
+    """Whose steps they are."""
+
+
+def threads_in_use(monkeypatch: pytest.MonkeyPatch, cpu_share: float) -> int:
+    """Return on how many threads steps run that end never, when they use so much CPU."""
+    monkeypatch.setattr(step_threads._CpuOfThreads, "share_since_last", lambda self: cpu_share)
+    monkeypatch.setattr(step_threads, "COMPUTING_THREADS", {"quick": 2, "slow": 1})
+    monkeypatch.setattr(step_threads, "SLOW_STEP_S", 0.01)
+
+    async def scenario() -> int:
+        threads = StepThreads()
+        release = threading.Event()
+        running: list[int] = []
+
+        def block() -> None:
+            running.append(threading.get_ident())
+            release.wait(STUCK_S)
+
+        blocked = [threads.run(block) for _ in range(6)]
+        await until(lambda: len(running) >= 2, "two threads")
+        await asyncio.sleep(20 * step_threads.SLOW_STEP_S)  # time for more threads
+        in_use = len(running)
+        release.set()
+        await asyncio.gather(*blocked)
+        threads.close()
+        return in_use
+
+    in_use: list[int] = []
+
+    async def noted() -> None:
+        in_use.append(await scenario())
+
+    run(noted(), STUCK_S - 1)
+    return in_use[0]
+
+
+def test_steps_that_compute_get_few_threads_as_they_share_one_lock(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert threads_in_use(monkeypatch, cpu_share=1.0) == 2
+
+
+@pytest.mark.parametrize(("share", "what"), [(0.05, "wait"), (3.0, "compute outside the lock")])
+def test_steps_that_do_not_hold_the_lock_get_more_threads(
+    monkeypatch: pytest.MonkeyPatch, share: float, what: str
+) -> None:
+    assert threads_in_use(monkeypatch, share) > 2, what
+
+
+def test_who_had_a_slow_step_no_longer_holds_up_those_that_are_quick() -> None:
+    async def scenario() -> None:
+        threads = StepThreads()
+        owner, other = Owner(), Owner()
+        release = threading.Event()
+        await threads.run(lambda: time.sleep(2 * step_threads.SLOW_STEP_S), owner)
+        blocked = [threads.run(lambda: release.wait(STUCK_S), owner) for _ in range(3)]
+
+        for _ in range(20):
+            await threads.run(lambda: None, other)
+            await threads.run(lambda: None)
+
+        assert not any(step.done() for step in blocked)
+        assert threads._quick._threads == 1  # none had to be added to get past them
+        release.set()
+        await asyncio.gather(*blocked)
+        threads.close()
+
+    run(scenario(), STUCK_S - 1)
+
+
+def test_while_steps_compute_the_lock_changes_hands_more_often_until_it_is_closed() -> None:
+    async def scenario() -> None:
+        threads = StepThreads()
+        usual_s = sys.getswitchinterval()
+        computing = threads.run(lambda: compute(0.4))
+        await until(lambda: sys.getswitchinterval() < usual_s, "a shorter interval")
+        await computing
+        threads.close()
+        assert sys.getswitchinterval() == usual_s
+
+    run(scenario())
+
+
+def test_an_owner_that_is_gone_is_forgotten() -> None:
+    async def scenario() -> None:
+        threads = StepThreads()
+        owner = Owner()
+        await threads.run(lambda: time.sleep(2 * step_threads.SLOW_STEP_S), owner)
+        assert len(threads._slow_owners) == 1
+        del owner
+        await threads.run(lambda: None)
+        gc.collect()
+        assert not len(threads._slow_owners)
         threads.close()
 
     run(scenario())

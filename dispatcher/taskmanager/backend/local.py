@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from dispatcher.errors import BackendError, UsageError
-from dispatcher.taskmanager.backend.launched import LaunchedBackend
-from dispatcher.taskmanager.backend.openai_compatible import Endpoint
+from dispatcher.taskmanager.backend.http import Endpoint
+from dispatcher.taskmanager.backend.launched import LaunchedBackend, LaunchOptions
 from dispatcher.taskmanager.backend.process import ServerProcess
 
 DEFAULT_MODEL = "smollm2"
@@ -20,22 +20,12 @@ class LocalBackend(LaunchedBackend):
     """llama.cpp with SmolLM2-135M-Instruct from its wheel, or with any GGUF file."""
 
     def __init__(
-        self,
-        *,
-        model: str,
-        parallel: int,
-        context_tokens: int | None,
-        startup_timeout_s: float,
-        request_timeout_s: float,
-        log_dir: Path,
+        self, options: LaunchOptions, *, model: str, parallel: int, context_tokens: int | None
     ) -> None:
-        super().__init__()
+        super().__init__(options)
         self._model = model
         self._parallel = max(1, min(parallel, MAX_PARALLEL))
         self._context_tokens = context_tokens or 1024
-        self._startup_timeout_s = startup_timeout_s
-        self._request_timeout_s = request_timeout_s
-        self._log_dir = log_dir
 
     async def launch(self) -> Endpoint:
         """Start the server process. Raises BackendError naming what to install."""
@@ -43,12 +33,14 @@ class LocalBackend(LaunchedBackend):
         command = [sys.executable, "-m", "dispatcher.taskmanager.backend.local_server"]
         command += ["--model", str(path), "--parallel", str(self._parallel)]
         command += ["--context", str(self._context_tokens)]
-        process = ServerProcess("the local model", command, self._log_dir / "local-model.log", {})
+        options = self.options
+        log_path = options.log_dir / "local-model.log"
+        process = ServerProcess("the local model", command, log_path, {})
         await self.run_process(process)
         ready = await process.wait_for_line(
-            r"\nlocal model ready at (http\S+)\n", self._startup_timeout_s
+            r"\nlocal model ready at (http\S+)\n", options.startup_timeout_s
         )
-        return Endpoint(ready[1], self._model, request_timeout_s=self._request_timeout_s)
+        return Endpoint(ready[1], self._model, request_timeout_s=options.request_timeout_s)
 
 
 def model_file(model: str) -> Path:

@@ -30,6 +30,8 @@ def main() -> NoReturn:
     params.n_parallel = args.parallel
     params.n_ctx = args.context * args.parallel
     params.port = 0
+    # Its counters show a long answer from a hang.
+    params.endpoint_metrics = True
     # llama.cpp's threads wait for each other by spinning; one core less keeps that from eating
     # the time of whatever else runs here, which made a busy machine ten times slower.
     threads = max(1, (os.cpu_count() or 2) - 1)

@@ -1,249 +1,422 @@
 """Any server that speaks OpenAI's HTTP interface; the hot path of the task manager.
 
-aiohttp directly, because a client library costs several times the CPU of the request itself and
-thousands are in flight. Who is to blame for a failed request decides what happens:
+Who is to blame for a failed request decides what happens:
 
     cannot connect, 429, 503            the server: wait for it, however long; nothing is lost
     5xx, time-out, cut off, no JSON     ask the server whether it lives. If not: as above. If so,
-                                        the request is at fault: TRIES tries, then an error
+                                        the request is at fault: a few tries, then an error
+    401, or the model is not there      the command: the work ends, everything is given back
+    the quota of the day is used up     nobody: the work ends, and goes on another day
     other 4xx                           the request is at fault: an error at once
+
+A slot is held only while a request is in flight, never while it waits to be sent again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import re
-from dataclasses import dataclass, field
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 
 from dispatcher.core.backoff import delay_s
-from dispatcher.errors import BackendError, UsageError
-from dispatcher.taskmanager.backend.base import Backend
+from dispatcher.core.limiter import AdaptiveLimiter
+from dispatcher.core.saturation import Saturation
+from dispatcher.errors import (
+    AuthenticationError,
+    BackendError,
+    BackendRefusalError,
+    QuotaExhaustedError,
+)
+from dispatcher.models import ModelStats
+from dispatcher.taskmanager.backend.accounts import Account
+from dispatcher.taskmanager.backend.autoscale import AutoScaler
+from dispatcher.taskmanager.backend.base import DEFAULT_LIMIT, Backend
+from dispatcher.taskmanager.backend.bodies import Call, Sending, prepare
+from dispatcher.taskmanager.backend.http import Endpoint, Reply, Transport
+from dispatcher.taskmanager.backend.rate_limits import RateLimit, read_limits
 from dispatcher.taskmanager.backend.request import Request, Response
+from dispatcher.taskmanager.backend.servers import Servers
+from dispatcher.taskmanager.backend.slots import RequestSlots
+from dispatcher.taskmanager.backend.streaming import StreamError
 
-TRIES = 3
-_PROBE_TIMEOUT_S = 5.0
-_FIRST_DELAY_S = 0.25
-_LONGEST_DELAY_S = 10.0
+__all__ = ["Endpoint", "OpenAICompatibleBackend", "RetryPolicy"]
+
+OVERLOADED = (429, 503)
 _ERROR_CHARACTERS = 2000
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where and as whom to ask. `model` is filled in where a request names none."""
+class RetryPolicy:
+    """How a request is tried again: delays double from the first to the longest, with jitter.
 
-    base_url: str
-    model: str | None = None
-    api_key: str | None = field(default=None, repr=False)
-    request_timeout_s: float = 600.0
+    `max_retries` bounds the further tries of a request whose own fault it is.
+    """
 
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UsageError(
-                f"--base-url {self.base_url!r} is not a URL; give one like http://HOST:8000/v1"
-            )
-
-    @property
-    def is_local(self) -> bool:
-        """True for an engine of this machine or cluster, which no proxy stands before."""
-        host = urlsplit(self.base_url).hostname or ""
-        return "." not in host or re.fullmatch(r"[\d.]+", host) is not None
-
-
-@dataclass(frozen=True, slots=True)
-class _Reply:
-    status: int
-    body: bytes
-    retry_after_s: float | None = None
+    max_retries: int = 2
+    initial_delay_s: float = 0.25
+    max_delay_s: float = 10.0
 
 
 class OpenAICompatibleBackend(Backend):
-    """Answers requests from one endpoint; waits while it is away or overloaded."""
+    """Answers requests for one model, from one server or several that serve the same.
 
-    def __init__(self, endpoint: Endpoint) -> None:
-        super().__init__()
-        self._endpoint = endpoint
-        self._base_url = endpoint.base_url.rstrip("/")
-        self._session: aiohttp.ClientSession | None = None
-        self._serving = asyncio.Event()
-        self._serving.set()
-        self._recovering: asyncio.Task[None] | None = None
-        self._dead: BackendError | None = None
+    The number of requests in flight is fixed by `limit`, or follows what the server bears: by its
+    answers with a `limiter`, by what an engine tells of its load with a `saturation`. Whoever has
+    `slots` of his own, to set their limit, gives them instead.
+    """
+
+    def __init__(
+        self,
+        endpoints: Endpoint | Sequence[Endpoint],
+        *,
+        limit: int = DEFAULT_LIMIT,
+        limiter: AdaptiveLimiter | None = None,
+        saturation: Saturation | None = None,
+        slots: RequestSlots | None = None,
+        retries: RetryPolicy | None = None,
+        sending: Sending | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        follows = limiter or saturation
+        super().__init__(follows.limit if follows is not None else limit)
+        if slots is not None:
+            self.slots = slots
+        self._endpoints = [endpoints] if isinstance(endpoints, Endpoint) else list(endpoints)
+        self.model = self._endpoints[0].model
+        self.limiter = limiter
+        self.saturation = saturation
+        self._following: asyncio.Task[None] | None = None
+        self._retries = retries or RetryPolicy()
+        self._sending = sending or Sending()
+        self._clock = clock
         self._rng = Random()
+        self._servers = Servers(self._next_delay_s)
+        self._accounts: dict[str, Account] = {}
+        # Requests inside `process` that do not just wait to be tried again.
+        self._asking = 0
+        self._in_flight: Counter[int] = Counter()
+        self._paused_until = 0.0
+        self.restarts = 0
+
+    # ---------------------------------------------------------------- life
 
     async def start(self) -> None:
-        """Open the connection pool."""
-        headers = {"Content-Type": "application/json"}
-        if self._endpoint.api_key:
-            headers["Authorization"] = f"Bearer {self._endpoint.api_key}"
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=60),
-            timeout=aiohttp.ClientTimeout(total=self._endpoint.request_timeout_s),
-            headers=headers,
-            trust_env=not self._endpoint.is_local,
-            auto_decompress=True,
-        )
+        """Open the connection pools."""
+        self._servers.open(self._endpoints)
+        if self.saturation is not None:
+            self.slots.set_limit(self.saturation.limit)
+            scaler = AutoScaler(
+                self._servers.metrics, self.slots, lambda: self.slots.in_use, self.saturation
+            )
+            self._following = asyncio.ensure_future(scaler.run())
 
     async def wait_until_serving(self, timeout_s: float) -> None:
-        """Return when the endpoint answers. Raises BackendError after `timeout_s`."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                while not await self._probe():  # noqa: ASYNC110 (a probe is all there is)
-                    await asyncio.sleep(_FIRST_DELAY_S)
-        except TimeoutError:
-            raise BackendError(
-                f"no model server answers at {self._base_url} within {timeout_s:.0f} s; check "
-                "the address, and that the server is running"
-            ) from None
-
-    def healthy(self) -> bool:
-        """Say whether the endpoint answered when it was last needed."""
-        return self._serving.is_set() and self._dead is None
-
-    def declare_dead(self, error: BackendError) -> None:
-        """The server's process ended: every request, waiting ones too, raises this from now."""
-        self._dead = error
-        self._serving.set()
+        """Return when a server answers. Raises BackendError after `timeout_s`."""
+        await self._servers.wait_for_first(timeout_s)
 
     async def close(self) -> None:
         """Close all connections."""
-        if self._recovering is not None:
-            self._recovering.cancel()
-        if self._session is not None:
-            await self._session.close()
+        if self._following is not None:
+            self._following.cancel()
+        await self._servers.close()
 
-    async def process(self, request: Request) -> Response:
-        """Answer one request. Raises BackendError only when the server is gone for good."""
-        content, model = request.content, self._endpoint.model
+    def healthy(self) -> bool:
+        """Say whether a server answered when one was last needed."""
+        return self._servers.is_open and self._servers.dead is None
+
+    def declare_away(self, reason: object) -> None:
+        """The server is being started again: requests wait until `move_to`."""
+        self._servers.declare_away(reason)
+
+    def declare_dead(self, error: BackendError) -> None:
+        """There is no server any more: every request, waiting ones too, raises this from now."""
+        self._servers.declare_dead(error)
+
+    async def move_to(self, endpoint: Endpoint) -> None:
+        """The server answers there now."""
+        self.restarts += 1
+        await self._servers.move_to(endpoint)
+
+    def orders_in_flight(self) -> set[int]:
+        """Return the orders of the items whose requests the server has, or had when it went."""
+        return set(self._in_flight)
+
+    def idle_s(self) -> float:
+        """Return the seconds since a server last answered a request."""
+        return self._clock() - self._servers.answered_at
+
+    @property
+    def transport(self) -> Transport:
+        """The connections to the first server."""
+        return self._servers.first
+
+    # ---------------------------------------------------------------- what the manager asks
+
+    def room(self) -> int:
+        """Return how many more items may be started now; requests that wait to be sent count."""
+        return self.slots.limit - self._asking
+
+    def accounts(self) -> Mapping[str, ModelStats]:
+        """Return what each model answered."""
+        limit, in_flight, restarts = self.slots.limit, self.slots.in_use, self.restarts
+        found: dict[str, ModelStats] = {}
+        for name, account in list(self._accounts.items()):  # asked for by another thread
+            found[name] = account.stats(in_flight, limit, restarts)
+            in_flight = limit = restarts = 0  # they are of all models together: shown once
+        return found
+
+    async def process(self, request: Request, order: int = 0) -> Response:
+        """Answer one request.
+
+        Raises BackendError only when no request can be answered any more.
+        """
         try:
-            if not isinstance(content, dict):
-                raise TypeError(f"its content is {type(content).__name__}, not a dict")
-            if "model" not in content and model is not None:
-                content = {**content, "model": model}
-            model = content.get("model")
-            path, body = _path_of(content), msgspec.json.encode(content)
+            call = prepare(request.content, self.model, self._sending)
         except (ValueError, TypeError, RecursionError) as error:
-            return Response.from_error(request, f"the request cannot be sent: {error}", model)
+            model = request.content.get("model") if isinstance(request.content, dict) else None
+            return Response.from_error(
+                request, f"the request cannot be sent: {error}", model or self.model
+            )
+        self._asking += 1
+        try:
+            return await self._until_answered(request, call, order)
+        finally:
+            self._asking -= 1
+
+    # ---------------------------------------------------------------- one request
+
+    async def _until_answered(self, request: Request, call: Call, order: int) -> Response:
+        account = self._account(call.model)
         faults = overloads = 0
         while True:
-            await self._serving.wait()
-            if self._dead is not None:
-                raise self._dead
+            server = await self._turn(order)
+            sent_at = self._clock()
+            self._in_flight[order] += 1
             try:
-                reply = await self._post(path, body)
-            except aiohttp.ClientConnectorError as error:
-                self._note_outage(error)
-                continue
-            except (aiohttp.ClientError, TimeoutError, OSError) as error:
-                problem = f"{type(error).__name__}: {error}".rstrip(": ")
-            else:
-                if reply.status in (429, 503):
-                    overloads += 1
-                    await asyncio.sleep(self._overload_delay_s(reply, overloads))
+                result = await self._send(server, call)
+                if isinstance(result, str) and not await self._servers.lives(server):
+                    # Until the server is back this counts as in flight: it may have killed it.
+                    self._servers.note_outage(server, result)
+                    await self._servers.wait()
                     continue
-                if 400 <= reply.status < 500:
-                    return Response.from_error(request, _describe(reply), model)
-                if reply.status < 400 and (answer := _answer_of(reply)) is not None:
-                    self._count(answer)
-                    return Response(request, answer, model_name=model)
-                problem = _describe(reply)
-            if not await self._probe():
-                self._note_outage(problem)
+            except aiohttp.ClientConnectorError as error:
+                self._servers.note_outage(server, error)
                 continue
+            finally:
+                self._forget(order)
+            now = self._clock()
+            if isinstance(result, _Answer):
+                account.note_answer(result.content, now - sent_at, result.reply.ttft_s)
+                self._note_success(result.reply, sent_at, now)
+                return Response(request, result.content, model_name=call.model)
+            if isinstance(result, Reply) and result.status not in OVERLOADED:
+                self._check_refusal(result, call)
+                account.note_error()
+                return Response.from_error(request, _describe(result), call.model)
+            if isinstance(result, Reply):
+                self._note_overload(result, sent_at, now)
+                overloads += 1
+                account.note_overload()
+                await self._back_off(overloads, self._wait_of(result, call))
+                continue
+            self._note_failure(sent_at, now)
             faults += 1
-            if faults == TRIES:
-                text = f"{problem} (in {TRIES} tries, while the server was answering)"
-                return Response.from_error(request, text, model)
-            await asyncio.sleep(self._delay_s(faults))
+            if faults > self._retries.max_retries:
+                account.note_error()
+                text = f"{result} (in {faults} tries, while the server was answering)"
+                return Response.from_error(request, text, call.model)
+            account.note_retry()
+            await self._back_off(faults)
+
+    async def _turn(self, order: int) -> Transport:
+        """Return the server to ask, once it is this request's turn; it holds a slot then."""
+        while True:
+            await self._servers.wait()
+            if (left_s := self._paused_until - self._clock()) > 0:
+                await asyncio.sleep(left_s)
+                continue
+            await self.slots.acquire(order)
+            if self._servers.dead is None and self._clock() >= self._paused_until:
+                server = self._servers.pick()
+                if server is not None:
+                    return server
+            self.slots.release()
+
+    async def _send(self, server: Transport, call: Call) -> _Answer | Reply | str:
+        """Return the answer, a refusal (4xx, 503), or what went wrong; give the slot back.
+
+        Raises ClientConnectorError when there is no server to send it to.
+        """
+        try:
+            if call.streamed:
+                reply = await server.post_streamed(call.path, call.body)
+            else:
+                reply = await server.post(call.path, call.body)
+        except aiohttp.ClientConnectorError:
+            raise
+        except StreamError as error:
+            if error.status is None:
+                return f"the stream broke off: {error}"
+            body = msgspec.json.encode({"error": {"message": str(error)}})
+            reply = Reply(error.status, body, {})
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return f"{type(error).__name__}: {error}".rstrip(": ")
+        finally:
+            self.slots.release()
+        self._servers.answered_at = self._clock()
+        if reply.status in OVERLOADED or 400 <= reply.status < 500:
+            return reply
+        content = _object_in(reply.body) if reply.status < 400 else None
+        return _Answer(reply, content) if content is not None else _describe(reply)
+
+    # ---------------------------------------------------------------- what follows from it
+
+    def _note_success(self, reply: Reply, sent_at: float, now: float) -> None:
+        self._heed_headers(reply, now)
+        if self.limiter is not None:
+            in_flight = self.slots.in_use + 1  # this one gave its slot back already
+            self.limiter.note_answer(sent_at, now, reply.ttft_s, in_flight)
+            self._follow_limiter()
+
+    def _heed_headers(self, reply: Reply, now: float) -> None:
+        """Send nothing for a while when the headers say that nothing is left.
+
+        A refusal without such headers is about one request: there are too many in flight.
+        """
+        limits = read_limits(reply.headers, None, 200, time.time())
+        if limits.pause_s > 0 and not limits.is_quota_exhausted:  # which the next refusal tells
+            self._pause(limits, now)
+
+    def _note_overload(self, reply: Reply, sent_at: float, now: float) -> None:
+        self._heed_headers(reply, now)
+        if self.limiter is not None:
+            self.limiter.note_overload(sent_at, now)
+            self._follow_limiter()
+
+    def _note_failure(self, sent_at: float, now: float) -> None:
+        if self.limiter is not None:
+            self.limiter.note_failure(sent_at, now)
+            self._follow_limiter()
+
+    def _follow_limiter(self) -> None:
+        assert self.limiter is not None
+        if self.limiter.limit != self.slots.limit:
+            self.slots.set_limit(self.limiter.limit)
+
+    def _wait_of(self, reply: Reply, call: Call) -> float:
+        """Return the seconds an overloaded server asks to wait. Raises QuotaExhaustedError."""
+        return self._check_quota(reply, call).pause_s
+
+    def _check_quota(self, reply: Reply, call: Call) -> RateLimit:
+        limits = read_limits(reply.headers, _error_in(reply), reply.status, time.time())
+        if limits.is_quota_exhausted:
+            error = self._quota_error(call, limits)
+            self.declare_dead(error)
+            raise error
+        return limits
+
+    def _pause(self, limits: RateLimit, now: float) -> None:
+        """Send nothing for a while: the next request would be refused."""
+        if now + limits.pause_s > self._paused_until + 1.0:
+            log.info("%s: nothing is sent for %.1f s (%s)", self.model, limits.pause_s, limits.what)
+        self._paused_until = max(self._paused_until, now + limits.pause_s)
+
+    async def _back_off(self, times: int, least_s: float = 0.0) -> None:
+        """Wait before the next try. Meanwhile there is room for another item."""
+        self._asking -= 1
+        self.slots.on_growth()
+        try:
+            await asyncio.sleep(max(self._next_delay_s(times), least_s))
+        finally:
+            self._asking += 1
+
+    def _next_delay_s(self, times: int) -> float:
+        policy = self._retries
+        return delay_s(
+            times, initial_s=policy.initial_delay_s, max_s=policy.max_delay_s, rng=self._rng
+        )
+
+    def _check_refusal(self, reply: Reply, call: Call) -> None:
+        """Raise what ends the work: nothing that is asked of this server can succeed."""
+        self._check_quota(reply, call)
+        endpoint = self._endpoints[0]
+        if reply.status == 401:
+            error: BackendRefusalError = AuthenticationError(
+                f"the model server at {endpoint.base_url} refused the key (HTTP 401: "
+                f"{_message_of(reply)}); set {endpoint.key_source} to a valid one"
+            )
+        elif reply.status == 404 and call.model == self.model and _names_model(reply):
+            error = BackendRefusalError(
+                f"the model server at {endpoint.base_url} has no model {call.model!r} "
+                f"({_message_of(reply)}); its names are listed at {endpoint.base_url}/models"
+            )
+        else:
+            return
+        self.declare_dead(error)
+        raise error
+
+    def _quota_error(self, call: Call, limits: RateLimit) -> QuotaExhaustedError:
+        when = f"in {limits.pause_s / 3600:.1f} h" if limits.pause_s else "when it is renewed"
+        return QuotaExhaustedError(
+            f"the quota of {call.model} at {self._endpoints[0].base_url} is used up "
+            f"({limits.what}); what was not finished was given back: start again {when}"
+        )
 
     # ---------------------------------------------------------------- inside
 
-    async def _post(self, path: str, body: bytes) -> _Reply:
-        assert self._session is not None
-        async with self._session.post(self._base_url + path, data=body) as reply:
-            return _Reply(reply.status, await reply.read(), _retry_after_s(reply))
+    def _account(self, model: str | None) -> Account:
+        name = str(model)
+        account = self._accounts.get(name)
+        if account is None:
+            account = self._accounts[name] = Account()
+        return account
 
-    async def _probe(self) -> bool:
-        """Say whether the server answers at all."""
-        assert self._session is not None
-        try:
-            async with self._session.get(
-                f"{self._base_url}/models", timeout=aiohttp.ClientTimeout(total=_PROBE_TIMEOUT_S)
-            ) as reply:
-                return reply.status < 500
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
-
-    def _note_outage(self, problem: object) -> None:
-        """Let every request wait until the server answers again; one task asks for all."""
-        if self._serving.is_set() and self._dead is None:
-            log.warning("the model server at %s is away (%s); waiting", self._base_url, problem)
-            self._serving.clear()
-            self._recovering = asyncio.ensure_future(self._recover())
-
-    async def _recover(self) -> None:
-        tries = 0
-        while not await self._probe():
-            tries += 1
-            await asyncio.sleep(self._delay_s(tries))
-        log.warning("the model server at %s answers again", self._base_url)
-        self._serving.set()
-
-    def _overload_delay_s(self, reply: _Reply, times: int) -> float:
-        return max(self._delay_s(times), reply.retry_after_s or 0.0)
-
-    def _delay_s(self, times: int) -> float:
-        return delay_s(times, initial_s=_FIRST_DELAY_S, max_s=_LONGEST_DELAY_S, rng=self._rng)
-
-    def _count(self, answer: dict[str, Any]) -> None:
-        self.usage.requests += 1
-        usage = answer.get("usage")
-        if isinstance(usage, dict):
-            self.usage.prompt_tokens += _whole(usage.get("prompt_tokens"))
-            self.usage.completion_tokens += _whole(usage.get("completion_tokens"))
+    def _forget(self, order: int) -> None:
+        self._in_flight[order] -= 1
+        if self._in_flight[order] <= 0:
+            del self._in_flight[order]
 
 
-def _path_of(content: dict[str, Any]) -> str:
-    if "messages" in content:
-        return "/chat/completions"
-    if "prompt" in content:
-        return "/completions"
-    if "input" in content:
-        return "/embeddings"
-    raise ValueError("it has neither `messages` (chat), `prompt` (completion) nor `input`")
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    reply: Reply
+    content: dict[str, Any]
 
 
-def _answer_of(reply: _Reply) -> dict[str, Any] | None:
+def _object_in(body: bytes) -> dict[str, Any] | None:
     try:
-        answer = msgspec.json.decode(reply.body)
+        content = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    return answer if isinstance(answer, dict) else None
+    return content if isinstance(content, dict) else None
 
 
-def _describe(reply: _Reply) -> str:
-    text = reply.body[:_ERROR_CHARACTERS].decode("utf-8", "replace")
-    error: Any = (_answer_of(reply) or {}).get("error")
-    if isinstance(error, dict) and isinstance(error.get("message"), str):
-        text = error["message"]
-    return f"HTTP {reply.status}: {text}"
+def _error_in(reply: Reply) -> dict[str, Any] | None:
+    error = (_object_in(reply.body) or {}).get("error")
+    return error if isinstance(error, dict) else None
 
 
-def _retry_after_s(reply: aiohttp.ClientResponse) -> float | None:
-    try:
-        return min(float(reply.headers["Retry-After"]), 3600.0)
-    except (KeyError, ValueError):
-        return None
+def _message_of(reply: Reply) -> str:
+    message = (_error_in(reply) or {}).get("message")
+    if isinstance(message, str):
+        return message
+    return reply.body[:_ERROR_CHARACTERS].decode("utf-8", "replace")
 
 
-def _whole(value: Any) -> int:
-    return value if isinstance(value, int) else 0
+def _describe(reply: Reply) -> str:
+    return f"HTTP {reply.status}: {_message_of(reply)}"
+
+
+def _names_model(reply: Reply) -> bool:
+    error = _error_in(reply) or {}
+    return error.get("param") == "model" or error.get("code") == "model_not_found"

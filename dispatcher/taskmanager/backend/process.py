@@ -14,6 +14,9 @@ from pathlib import Path
 from dispatcher.errors import BackendError
 
 _LAST_LINES = 20
+_SHOWN_LINES = 15
+"""Fewer: who shows the last lines of a process that shows this must see what it says of them."""
+
 _POLL_S = 0.1
 _READ_BYTES = 1 << 20
 
@@ -21,18 +24,26 @@ _READ_BYTES = 1 << 20
 class ServerProcess:
     """One server process and its children. `name` stands in messages, `log_path` gets its output.
 
+    Lines of it that match `noise` are not shown when it fails.
     `backend/guard.py` runs in between and ends the group when this process dies.
     """
 
     def __init__(
-        self, name: str, command: Sequence[str], log_path: Path, env: Mapping[str, str]
+        self,
+        name: str,
+        command: Sequence[str],
+        log_path: Path,
+        env: Mapping[str, str],
+        noise: str | None = None,
     ) -> None:
         self.name = name
         self.log_path = log_path
         self._command = list(command)
         self._env = dict(env)
         self._process: asyncio.subprocess.Process | None = None
+        self._noise = re.compile(noise) if noise else None
         self._log_start = 0
+        self._is_stopped = False
 
     @property
     def exit_code(self) -> int | None:
@@ -62,20 +73,24 @@ class ServerProcess:
         compiled = re.compile(pattern)
         try:
             async with asyncio.timeout(timeout_s):
-                while (match := compiled.search(self._output())) is None:
+                while (match := compiled.search(self.tail())) is None:
                     self.check_alive()
                     await asyncio.sleep(_POLL_S)
                 return match
         except TimeoutError:
-            raise BackendError(
-                f"{self.name} was not ready within {timeout_s:.0f} s{self._log_hint()}"
-            ) from None
+            raise self.failure(f"was not ready within {timeout_s:.0f} s") from None
 
     def check_alive(self) -> None:
         """Raise BackendError, with the last lines of its log, when it has ended."""
         assert self._process is not None
         if (code := self._process.returncode) is not None:
-            raise BackendError(f"{self.name} ended with exit code {code}{self._log_hint()}")
+            raise self.failure(f"ended with exit code {code}")
+
+    def failure(self, what: str) -> BackendError:
+        """Return the error that says what became of it, with the last lines of its log."""
+        lines = self.last_lines().splitlines()[-_SHOWN_LINES:]
+        hint = "\n".join([f"; its log {self.log_path} ends with:", *lines]) if lines else ""
+        return BackendError(f"{self.name} {what}{hint}")
 
     async def wait(self) -> int:
         """Return its exit code when it ends."""
@@ -83,9 +98,11 @@ class ServerProcess:
         return await self._process.wait()
 
     async def stop(self, grace_s: float = 5.0) -> None:
-        """End the whole process group: SIGTERM, and after `grace_s` SIGKILL."""
-        if self._process is None:
+        """End the whole process group: SIGTERM, and after `grace_s` SIGKILL. Again: harmless."""
+        if self._process is None or self._is_stopped:
             return
+        # Once, as the group's number may be another's when all of it is gone.
+        self._is_stopped = True
         group = self._process.pid
         with contextlib.suppress(ProcessLookupError, TimeoutError):
             os.killpg(group, signal.SIGTERM)
@@ -98,15 +115,15 @@ class ServerProcess:
 
     def last_lines(self) -> str:
         """Return the end of its log."""
-        return "\n".join(self._output().splitlines()[-_LAST_LINES:])
+        lines = self.tail().splitlines()
+        if self._noise is not None:
+            lines = [line for line in lines if not self._noise.search(line)]
+        return "\n".join(lines[-_LAST_LINES:])
 
-    def _output(self) -> str:
+    def tail(self) -> str:
+        """Return what it wrote, at most the last mebibyte of it."""
         with contextlib.suppress(OSError), self.log_path.open("rb") as log:
             end = log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, end - _READ_BYTES))
             return log.read(_READ_BYTES).decode("utf-8", "replace")
         return ""
-
-    def _log_hint(self) -> str:
-        lines = self.last_lines()
-        return f"; its log {self.log_path} ends with:\n{lines}" if lines else ""

@@ -17,13 +17,15 @@ from dispatcher.taskmanager.task.base import Task
 class Assignment:
     """One item a worker holds. `progress` is 0 until it is started, then grows with each step.
 
-    `log` has the steps recorded for it; None when its source records none.
+    `log` has the steps recorded for it; None when its source records none. `is_lost`: its lease
+    ended without this worker; its result is welcome all the same, but nobody waits for it here.
     """
 
     key: str
     build: Callable[[], Task | Answered]
     solo: bool = False
     progress: int = 0
+    is_lost: bool = False
     item: Any = None
     log: StepLog | None = None
     cancel: Callable[[], object] | None = field(default=None, repr=False)
@@ -48,6 +50,9 @@ class WorkSource(ABC):
     @abstractmethod
     async def finish(self, assignment: Assignment, attempt: Attempt, outcome: Outcome) -> None:
         """Take the end of an attempt; returns at once, reporting goes on in the background."""
+
+    def give_up(self, assignment: Assignment) -> None:  # noqa: B027 (a source may have no use)
+        """Forget a started item that is lost; the caller ends it, and it is not reported."""
 
     async def crashed(self, assignments: list[Assignment]) -> list[Assignment]:
         """The model server died or hung while it answered requests of these started items.

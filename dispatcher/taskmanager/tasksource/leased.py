@@ -137,6 +137,7 @@ class LeasedSource(WorkSource):
         self._results: deque[WorkItem] = deque()
         self._releases: deque[ReleaseItem] = deque()
         self._crashes: deque[tuple[Assignment, _CrashReport]] = deque()
+        self._told: set[str] = set()  # leases that were told of as crashed, the reply is missing
         self._complete = False
         self._closing = False
         self._failure: BaseException | None = None
@@ -232,6 +233,10 @@ class LeasedSource(WorkSource):
         report.is_awaited = False
         return [each for each in assignments if each not in report.dropped]
 
+    def give_up(self, assignment: Assignment) -> None:
+        """Forget an item whose lease was lost: heartbeats name it no more, nothing is reported."""
+        self._forget(assignment)
+
     async def give_back(self, assignments: list[Assignment], reason: str) -> None:
         """Report what is finished and release the rest, within a few seconds."""
         self._closing = True
@@ -293,10 +298,18 @@ class LeasedSource(WorkSource):
         )
 
     def take_verdict(self, reply: HeartbeatResponse) -> None:
-        """Drop what is done elsewhere, give back what was called back and is not started."""
+        """Drop what is done elsewhere, give back what was called back and is not started.
+
+        What is lost goes on, with a mark, as its result is welcome.
+        """
         for key in reply.done:
             if (assignment := self._held.get(key)) is not None:
                 self._drop(assignment)
+        # The lease of one that crashed may be lost because another one follows it.
+        crashed = {assignment.key for assignment, _ in self._crashes}
+        for key in reply.lost:
+            if (assignment := self._held.get(key)) is not None and key not in crashed:
+                assignment.is_lost = True
         for key in reply.back:
             assignment = self._held.get(key)
             if assignment is not None and assignment in self._buffer:
@@ -312,15 +325,19 @@ class LeasedSource(WorkSource):
         while not (self._closing and not self._results and not self._releases):
             await self._something_to_send.wait()
             self._something_to_send.clear()
+            # New leases that a lost reply named live for a term: nothing may hold up this question.
+            retold = not self._told or await self._send_crashes()
             sent = await self._send_last_steps()
             steps_failed = 0 if sent else steps_failed + 1
+            sent = sent and retold
             if self._results:
                 sent = await self._send_results() and sent
             # Steps are lost with their lease; but a call that saves work may hold up none for ever.
             if steps_failed % _STEP_TRIES == 0:
-                if self._crashes:
+                if self._crashes and retold:
                     sent = await self._send_crashes() and sent
-                if self._releases:
+                # One that ended meanwhile is released under the lease that its crash left it.
+                if self._releases and not self._crashes:
                     sent = await self._send_releases() and sent
             if not sent:
                 await self._wait_for_server()
@@ -380,25 +397,25 @@ class LeasedSource(WorkSource):
         releases = [
             ReleaseItem(assignment.item.work_id, lease, charge=False, reason=CRASH, renew=True)
             for lease, (assignment, _) in batch.items()
-            if self._held.get(lease) is assignment
+            if lease in self._told or self._held.get(lease) is assignment
         ]
         renewed: dict[str, RenewedLease] = {}
         if releases:
-            # A step that came between the end of the old lease and the news of the new one would
-            # be refused, and none after it be recorded.
-            with self._recorder.holding(batch.keys()):
-                reply = await self._link.release_work(items=releases)
-                if reply.status is WorkStatus.SERVER_UNAVAILABLE:
-                    return False
-                renewed = {each.lease: each for each in reply.renewed or ()}
-                for lease, (assignment, report) in batch.items():
-                    self._settle_crash(assignment, report, renewed.get(lease))
+            # A step that came between the end of the old lease and the news of the new one, also
+            # if that takes several calls, would be refused, and none after it be recorded.
+            leases = [str(release.lease) for release in releases]
+            self._recorder.hold(leases)
+            self._told.update(leases)
+            reply = await self._link.release_work(items=releases)
+            if reply.status is WorkStatus.SERVER_UNAVAILABLE:
+                return False
             self._server_answered()
-        else:
-            for assignment, report in batch.values():
-                self._settle_crash(assignment, report, None)
-        for _ in batch:
+            renewed = {each.lease: each for each in reply.renewed or ()}
+        for lease, (assignment, report) in batch.items():
+            self._settle_crash(assignment, report, renewed.get(lease))
             self._crashes.popleft()
+        self._recorder.let_go(batch)
+        self._told.difference_update(batch)
         return True
 
     def _settle_crash(
