@@ -198,7 +198,8 @@ class Child:
 
     def last_words(self) -> str:
         """Return what it said last, without the name it says it under."""
-        lines = [line for line in self.process.last_lines().splitlines() if line.strip()]
+        # An engine's log may stand between its sentence and the end.
+        lines = [line for line in self.process.tail().splitlines() if line.strip()]
         said = [line for line in lines if line.startswith("dispatcher-")]
         _, _, text = (said or lines or [": it said nothing"])[-1].partition(": ")
         return text

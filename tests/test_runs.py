@@ -348,29 +348,3 @@ def test_the_quick_start_answers_a_hundred_prompts(tmp_path: Path) -> None:
             texts.append(answer["response"].strip())
     assert sum(bool(text) for text in texts) >= 95
     assert len(set(texts)) >= 90
-
-
-@pytest.mark.vllm
-def test_real_vllm_is_launched_answers_and_is_gone_afterwards(tmp_path: Path) -> None:
-    python = os.environ["DISPATCHER_TEST_VLLM_PYTHON"]
-    model, infile, outfile = tmp_path / "model", tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    with running(python, "tests/support/tiny_model.py", model) as maker:
-        assert maker.wait(deadline_s=120) == 0, maker.output
-    write_prompts(infile, 12)
-    command = [sys.executable, "-m", "dispatcher.taskmanager.cli", "--task", CHAT]
-    command += ["--input", str(infile), "--output", str(outfile), "--model", str(model)]
-    command += ["--vllm-command", f"{python} -m vllm.entrypoints.openai.api_server"]
-    command += ["--max-model-len", "512", "--enforce-eager", "--workers", "4"]
-    command += ["--vllm-extra-args=--dtype bfloat16", "--task-arg", "max_tokens=8"]
-    command += ["--startup-timeout", "400", "--log-dir", str(tmp_path / "logs")]
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-    }
-    with running(*command, env=settings) as worker:
-        assert worker.wait(deadline_s=500) == 0, worker.output
-    lines = read_lines(outfile)
-    assert [line["id"] for line in lines] == list(range(12))
-    assert all(isinstance(line["response"], str) for line in lines)
-    wait_until(lambda: not processes_with(str(model)), "vLLM to end", deadline_s=15)

@@ -13,6 +13,7 @@ from dispatcher.taskmanager.backend.gpus import (
     ROCR,
     check_gpus,
     engine_environment,
+    range_environment,
     slice_environment,
     visible_gpus,
 )
@@ -115,6 +116,14 @@ def test_too_few_gpus_for_all_task_managers_are_refused_with_the_remedy(tmp_path
     )
     with pytest.raises(UsageError, match="shows 3"):
         slice_environment({}, 3, 1, nvidia_node(tmp_path, 3))
+
+
+def test_engines_of_one_task_manager_follow_each_other_on_its_gpus() -> None:
+    env = {CUDA: "4,5,6"}
+    assert range_environment(env, 0, 2, "the backend a") == {CUDA: "4,5"}
+    assert range_environment(env, 2, 1, "the backend b") == {CUDA: "6"}
+    with pytest.raises(UsageError, match="the backend c of this node needs the GPUs 3 to 4"):
+        range_environment(env, 2, 2, "the backend c")
 
 
 def test_a_model_spread_over_more_gpus_than_there_are_is_refused() -> None:

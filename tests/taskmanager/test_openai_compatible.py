@@ -407,6 +407,26 @@ def test_a_server_that_is_restarted_in_mid_run_fails_nothing() -> None:
     run(scenario())
 
 
+def test_an_engine_that_calls_itself_dead_is_away_though_it_lists_its_models() -> None:
+    async def scenario() -> None:
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            while request := await _read_request(reader):
+                fine = request.startswith(b"GET /v1/models")
+                status = b"200 OK" if fine else b"503 Dead" if b"/health" in request else b"500 No"
+                writer.write(b"HTTP/1.1 " + status + b"\r\nContent-Length: 2\r\n\r\n{}")
+
+        async with raw_server(serve) as url, backend_of(url) as backend:
+            asking = asyncio.ensure_future(backend.process(ask(), 5))
+            await until(lambda: not backend.healthy(), "the outage is noticed")
+            assert backend.orders_in_flight() == {5}
+            await asyncio.sleep(0.1)
+            assert not asking.done()
+            asking.cancel()
+            await asyncio.wait([asking])
+
+    run(scenario())
+
+
 def test_a_server_that_is_not_there_yet_is_waited_for() -> None:
     async def scenario() -> None:
         first = FakeLLM()

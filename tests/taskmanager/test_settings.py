@@ -11,6 +11,7 @@ import pytest
 
 from dispatcher.config import Parser, parse
 from dispatcher.errors import UsageError
+from dispatcher.taskmanager.backend import making
 from dispatcher.taskmanager.backend.base import Backend
 from dispatcher.taskmanager.backend.existing import ExistingServer
 from dispatcher.taskmanager.backend.fake import FakeBackend
@@ -518,3 +519,31 @@ def test_the_example_file_can_be_used(read: Read) -> None:
     assert judge.concurrency.max_concurrent_requests == 24
     assert judge.concurrency.max_retries == 3
     assert judge.load_monitoring.request_timeout == 300
+
+
+def test_several_engines_get_different_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4,5")
+    launched: dict[str, Any] = {}
+
+    def note(settings: Any, options: Any) -> Any:
+        launched[settings.model] = dict(settings.environment)
+        return VLLMBackend(settings, options)
+
+    monkeypatch.setattr(making, "VLLMBackend", note)
+    (tmp_path / "run.yaml").write_text(
+        "backends:\n"
+        "  a: {kind: vllm, model: one, tensor_parallel: 2}\n"
+        "  b: {kind: vllm, model: two}\n"
+    )
+    config = ["--config", str(tmp_path / "run.yaml")]
+    make_backend(backends_of(parsed(*config), {}), tmp_path)
+
+    assert launched == {
+        "one": {"CUDA_VISIBLE_DEVICES": "3,4"},
+        "two": {"CUDA_VISIBLE_DEVICES": "5"},
+    }
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    with pytest.raises(UsageError, match="the backend a of this node needs the GPUs 1 to 2"):
+        make_backend(backends_of(parsed(*config), {}), tmp_path)

@@ -33,10 +33,20 @@ def slice_environment(
 ) -> dict[str, str]:
     """Return what to set for the `place`-th task manager (from 0) of a node, `count` GPUs each.
 
+    As `range_environment`.
+    """
+    return range_environment(env, place * count, count, f"task manager {place + 1}", devices)
+
+
+def range_environment(
+    env: Mapping[str, str], first: int, count: int, whose: str, devices: Path = Path("/dev")
+) -> dict[str, str]:
+    """Return what to set for an engine that has `count` GPUs from the `first` (from 0) on.
+
     Every variable that is set is set anew; with none, the GPUs found in `devices` are counted.
     Empty when there are none. Raises UsageError when there are too few.
     """
-    first, end = place * count, (place + 1) * count
+    end = first + count
     shown = visible_gpus(env)
     if shown is None:
         name, found = _found(devices)
@@ -49,9 +59,9 @@ def slice_environment(
         where = f"{_as_set(env)} names {len(shown)}"
     if len(shown) < end:
         raise UsageError(
-            f"task manager {place + 1} of this node needs the GPUs {first + 1} to {end}, but "
-            f"{where}; start fewer task managers, lower --tensor-parallel, or let several share "
-            f"one by naming it several times, as in {names[0]}=0,0"
+            f"{whose} of this node needs the GPUs {first + 1} to {end}, but {where}; start "
+            "fewer task managers or engines, lower --tensor-parallel, or let several share one by "
+            f"naming it several times, as in {names[0]}=0,0"
         )
     mine = ",".join(shown[first:end])
     if ROCR not in names:

@@ -16,6 +16,7 @@ from dispatcher.taskmanager.backend.base import Backend
 from dispatcher.taskmanager.backend.bodies import Sending
 from dispatcher.taskmanager.backend.existing import ExistingServer
 from dispatcher.taskmanager.backend.fake import FakeBackend
+from dispatcher.taskmanager.backend.gpus import range_environment
 from dispatcher.taskmanager.backend.http import Endpoint
 from dispatcher.taskmanager.backend.launched import LaunchOptions
 from dispatcher.taskmanager.backend.local import LocalBackend
@@ -48,9 +49,10 @@ def make_backend(backends: Backends, log_dir: Path) -> Backend:
         return _make(backends.first, log_dir, frozenset())
     pooled: dict[str, Backend] = {}
     names: dict[str, str] = {}
+    gpus = _gpus_by_name(backends)
     for name, settings in backends.by_name.items():
         directory = log_dir / re.sub(r"[^\w.-]", "_", name)
-        pooled[name] = _make(settings, directory, frozenset({name}))
+        pooled[name] = _make(settings, directory, frozenset({name}), gpus.get(name, {}))
         if settings.model is not None:
             names.setdefault(settings.model, name)  # of two with one model, the first
     return BackendPool(pooled, names)
@@ -73,11 +75,29 @@ def check_keys(backends: Backends, environ: Mapping[str, str]) -> None:
 
 def gpus_needed(backends: Backends) -> int:
     """Return how many GPUs one task manager's engines take."""
-    return sum(
-        settings.tensor_parallel
-        for settings in backends.by_name.values()
+    return sum(count for _, count in _engines(backends))
+
+
+def _engines(backends: Backends) -> list[tuple[str, int]]:
+    """Return the engines that are launched here, and how many GPUs each takes."""
+    return [
+        (name, settings.tensor_parallel)
+        for name, settings in backends.by_name.items()
         if isinstance(settings, VLLMSettings) and settings.is_launched
-    )
+    ]
+
+
+def _gpus_by_name(backends: Backends) -> dict[str, dict[str, str]]:
+    """Share out the GPUs among several engines; one alone sees all. Raises UsageError."""
+    engines = _engines(backends)
+    if len(engines) < 2:
+        return {}
+    found: dict[str, dict[str, str]] = {}
+    first = 0
+    for name, count in engines:
+        found[name] = range_environment(os.environ, first, count, f"the backend {name}")
+        first += count
+    return found
 
 
 def split_arguments(text: str, option: str) -> list[str]:
@@ -91,7 +111,12 @@ def split_arguments(text: str, option: str) -> list[str]:
 # -------------------------------------------------------------------- one of each kind
 
 
-def _make(settings: BackendSettings, log_dir: Path, names: frozenset[str]) -> Backend:
+def _make(
+    settings: BackendSettings,
+    log_dir: Path,
+    names: frozenset[str],
+    gpus: Mapping[str, str] | None = None,
+) -> Backend:
     if isinstance(settings, LaunchedSettings) and settings.is_launched:
         options = _launch_options(settings, log_dir, names)
         if isinstance(settings, LocalSettings):
@@ -106,7 +131,7 @@ def _make(settings: BackendSettings, log_dir: Path, names: frozenset[str]) -> Ba
             model = settings.model or DEFAULT_MODELS[settings.kind]
             return FakeBackend(options, model=model, arguments=arguments)
         assert isinstance(settings, VLLMSettings)
-        return VLLMBackend(_engine_of(settings), options)
+        return VLLMBackend(_engine_of(settings, gpus or {}), options)
     assert isinstance(settings, HostedSettings | VLLMSettings)
     return ExistingServer(
         _endpoints_of(settings),
@@ -135,7 +160,7 @@ def _launch_options(
     )
 
 
-def _engine_of(settings: VLLMSettings) -> vllm.VLLMSettings:
+def _engine_of(settings: VLLMSettings, gpus: Mapping[str, str]) -> vllm.VLLMSettings:
     assert settings.model is not None
     extra, command = settings.vllm_extra_args, settings.vllm_command
     return vllm.VLLMSettings(
@@ -147,6 +172,7 @@ def _engine_of(settings: VLLMSettings) -> vllm.VLLMSettings:
         extra_args=split_arguments(extra, "--vllm-extra-args") if isinstance(extra, str) else extra,
         command=split_arguments(command, "--vllm-command") if command is not None else None,
         quiet=settings.silence_vllm_logs,
+        environment=gpus,
     )
 
 

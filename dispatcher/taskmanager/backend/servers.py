@@ -156,6 +156,12 @@ class Servers:
 
 
 async def answers(server: Transport) -> bool:
-    """Say whether a server answers at all."""
+    """Say whether a server answers at all, and does not call itself dead."""
     reply = await server.get("/models")
-    return reply is not None and reply.status < 500
+    if reply is None or reply.status >= 500:
+        return False
+    if not server.endpoint.is_local:
+        return True
+    # vLLM lists its models for a moment after its engine core died, and answers 500 to requests.
+    health = await server.get("//health")
+    return health is not None and health.status != 503

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
@@ -38,7 +38,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class VLLMSettings:
-    """What the engine is started with. `command` is the user's own way to start a server."""
+    """What the engine is started with.
+
+    `command` is the user's own way to start a server; `environment` is set for this engine alone,
+    to show it its GPUs say.
+    """
 
     model: str
     tensor_parallel: int = 1
@@ -48,6 +52,7 @@ class VLLMSettings:
     extra_args: Sequence[str] = ()
     command: Sequence[str] | None = None
     quiet: bool = False
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class PortTakenError(BackendError):
@@ -58,7 +63,7 @@ class VLLMBackend(LaunchedBackend):
     """One vLLM server of this process's own, on a loopback port, behind its own API key."""
 
     def __init__(self, settings: VLLMSettings, options: LaunchOptions) -> None:
-        check_gpus(os.environ, settings.tensor_parallel)
+        check_gpus({**os.environ, **settings.environment}, settings.tensor_parallel)
         super().__init__(options)
         self._settings = settings
         self._as_module = False
@@ -150,7 +155,8 @@ def launch_environment(
     settings: VLLMSettings, api_key: str, env: Mapping[str, str]
 ) -> dict[str, str]:
     """Return what is set for the engine beside this process's own environment `env`."""
-    added = {"VLLM_API_KEY": api_key, **engine_environment(env)}
+    own = settings.environment
+    added = {"VLLM_API_KEY": api_key, **own, **engine_environment({**env, **own})}
     # It would report home, from nodes that often cannot; a user who wants that sets them.
     added |= {name: "1" for name in ("VLLM_NO_USAGE_STATS", "DO_NOT_TRACK") if name not in env}
     if settings.quiet:
