@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from dispatcher.taskmanager.backend.watch import HangDetector, mark_of, until_hung
+from dispatcher.fakellm import FakeLLM, FakeLLMSettings, Rule
+from dispatcher.taskmanager.backend.http import Endpoint
+from dispatcher.taskmanager.backend.openai_compatible import OpenAICompatibleBackend, RetryPolicy
+from dispatcher.taskmanager.backend.request import Request
+from dispatcher.taskmanager.backend.watch import HangDetector, HttpEngine, mark_of, until_hung
 from tests.taskmanager.doubles import run
 
 TIMEOUT_S = 180.0
@@ -156,5 +160,28 @@ def test_a_server_hangs_when_it_neither_answers_the_probe_nor_moves_meanwhile(
         assert "with 3 requests in flight" in what
         # The third probe of a server that lived until then still moved its counters.
         assert engine.probes in (probes, probes + 1)
+
+    run(scenario())
+
+
+def test_an_engine_that_refuses_everything_for_ever_hangs_though_it_answers() -> None:
+    async def scenario() -> None:
+        fake = FakeLLM(FakeLLMSettings(rules=(Rule(status=503),)))
+        url = await fake.start()
+        backend = OpenAICompatibleBackend(
+            Endpoint(url, "m"), retries=RetryPolicy(initial_delay_s=0.02, max_delay_s=0.05)
+        )
+        await backend.start()
+        asking = asyncio.ensure_future(
+            backend.process(Request({"messages": [{"role": "user", "content": "?"}]}))
+        )
+        said = await asyncio.wait_for(until_hung(HttpEngine(backend), 0.5), 5)
+
+        assert said.startswith("hangs: ")
+        assert not asking.done()
+        asking.cancel()
+        await asyncio.wait([asking])
+        await backend.close()
+        await fake.stop()
 
     run(scenario())

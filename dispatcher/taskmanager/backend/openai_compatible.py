@@ -102,8 +102,8 @@ class OpenAICompatibleBackend(Backend):
         self._rng = Random()
         self._servers = Servers(self._next_delay_s)
         self._accounts: dict[str, Account] = {}
-        # Requests inside `process` that do not just wait to be tried again.
-        self._asking = 0
+        # Requests inside `process`, and those of them that do not just wait to be tried again.
+        self._unanswered = self._asking = 0
         self._in_flight: Counter[int] = Counter()
         self._paused_until = 0.0
         self.restarts = 0
@@ -151,8 +151,16 @@ class OpenAICompatibleBackend(Backend):
         """Return the orders of the items whose requests the server has, or had when it went."""
         return set(self._in_flight)
 
+    @property
+    def unanswered(self) -> int:
+        """Requests that are not answered yet, wherever they wait."""
+        return self._unanswered
+
     def idle_s(self) -> float:
-        """Return the seconds since a server last answered a request."""
+        """Return the seconds since a server last answered a request, if only with a refusal.
+
+        That it is overloaded, or failed, is no answer.
+        """
         return self._clock() - self._servers.answered_at
 
     @property
@@ -188,10 +196,12 @@ class OpenAICompatibleBackend(Backend):
                 request, f"the request cannot be sent: {error}", model or self.model
             )
         self._asking += 1
+        self._unanswered += 1
         try:
             return await self._until_answered(request, call, order)
         finally:
             self._asking -= 1
+            self._unanswered -= 1
 
     # ---------------------------------------------------------------- one request
 
@@ -273,8 +283,11 @@ class OpenAICompatibleBackend(Backend):
             return f"{type(error).__name__}: {error}".rstrip(": ")
         finally:
             self.slots.release()
-        self._servers.answered_at = self._clock()
-        if reply.status in OVERLOADED or 400 <= reply.status < 500:
+        if reply.status in OVERLOADED:
+            return reply
+        if reply.status < 500:
+            self._servers.answered_at = self._clock()
+        if 400 <= reply.status < 500:
             return reply
         content = _object_in(reply.body) if reply.status < 400 else None
         return _Answer(reply, content) if content is not None else _describe(reply)

@@ -116,8 +116,8 @@ class HttpEngine:
         self._client = client
 
     def in_flight(self) -> int:
-        """Return the requests being answered now."""
-        return self._client.requests_in_flight
+        """Return the requests that wait for it, if only for it to stop saying 503."""
+        return self._client.unanswered
 
     def idle_s(self) -> float:
         """Return the seconds since the last answer."""
@@ -139,7 +139,7 @@ class HttpEngine:
                 reply = await transport.post("/completions", msgspec.json.encode(body))
         except (aiohttp.ClientError, TimeoutError, OSError):
             return False
-        return reply.status < 500 or reply.status == 503
+        return reply.status < 500
 
 
 def mark_of(page: str) -> Hashable | None:
