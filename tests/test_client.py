@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from dispatcher import client
 from dispatcher.client import Address, AsyncWorkClient, WorkClient
 from dispatcher.errors import AccessDeniedError, BadRequestError, UsageError
 from dispatcher.models import (
@@ -398,6 +399,25 @@ def test_a_server_that_takes_too_long_is_away(send: Send, server: Script) -> Non
 
     assert reply.status is AWAY
     assert time.monotonic() - start < 0.45
+
+
+@both
+def test_a_release_that_renews_leases_waits_less_long_for_its_reply(
+    send: Send, server: Script, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "RENEW_TIMEOUT_S", 0.1)
+    server.replies = [(200, b'{"status": "OK"}')]
+    server.delay_s = 0.4
+    plain = ReleaseItem(4, "4.2", False, "crash")
+    renewing = ReleaseItem(5, "5.2", False, "crash", renew=True)
+
+    def release(*items: ReleaseItem) -> tuple[WorkStatus, bool]:
+        start = time.monotonic()
+        [reply] = send(server.address, lambda c: [c.release_work(items=iter(items))])
+        return reply.status, time.monotonic() - start < 0.35
+
+    assert release(plain) == (WorkStatus.OK, False)
+    assert release(plain, renewing) == (AWAY, True)
 
 
 @both

@@ -28,8 +28,10 @@ SEED_COUNT = 30
 IMAGES_PER_OPERATION = 4
 TIMEOUT_S = 150.0
 
+CLIENT = "client.py"
 QUEUE = "core/work_queue.py"
 LEASED = "taskmanager/tasksource/leased.py"
+MANAGER = "taskmanager/manager.py"
 SERVICE = "service.py"
 JOURNAL = "storage/journal.py"
 OUTPUT = "storage/output.py"
@@ -43,6 +45,7 @@ CRASHES = "tests/faults/test_mutants.py::test_a_few_crash_states_hold_what_was_a
 IN_STORAGE = "tests/storage/"
 IN_CORE = "tests/core/test_work_queue.py::"
 IN_SOURCE = "tests/taskmanager/test_leased.py::"
+IN_MANAGER = "tests/taskmanager/test_manager.py::"
 TAKING = "tests/service/test_taking_and_giving.py::"
 GOING_ON = "tests/service/test_going_on.py::"
 
@@ -137,6 +140,55 @@ MUTANTS = [
         "",
         IN_SOURCE + "test_an_item_that_ends_while_its_crash_is_told_ends_under_its_new_lease",
         "assert .'0.1'. == .'0.2'.",
+    ),
+    Mutant(
+        "a step that comes while its lease is renewed stays under the old one",
+        LEASED,
+        "        self._recorder.rename(old, item)\n",
+        "",
+        IN_SOURCE
+        + "test_a_step_that_comes_while_its_lease_is_renewed_is_recorded_under_the_new_one",
+        "the step arrives",
+    ),
+    Mutant(
+        "a worker that stops does not say which of its items crashed",
+        LEASED,
+        "                why = CRASH if id(assignment) in crashed else why\n",
+        "",
+        IN_SOURCE + "test_stopping_says_crash_of_items_whose_crash_could_not_be_told",
+        "'0.1', 'stopped', False.* != .*'0.1', 'crash', False",
+    ),
+    Mutant(
+        "what a crash takes away is cancelled although the manager is about to do so",
+        LEASED,
+        "if not report.is_awaited and assignment.cancel is not None:",
+        "if assignment.cancel is not None:",
+        IN_SOURCE + "test_what_a_crash_takes_away_is_not_cancelled_behind_the_managers_back",
+        r"assert \['0.1'\] == \[\]",
+    ),
+    Mutant(
+        "a report holds up the question for a lease whose news got lost",
+        LEASED,
+        "retold = not self._told or await self._send_crashes()",
+        "retold = True",
+        IN_SOURCE + "test_a_crash_whose_reply_was_lost_is_told_again_before_anything_else",
+        r"assert \['crash', 'results'",
+    ),
+    Mutant(
+        "a lost reply to a renewal is waited for until the new lease ended",
+        CLIENT,
+        "timeout_s = min(timeout_s, RENEW_TIMEOUT_S)",
+        "pass",
+        "tests/test_client.py::test_a_release_that_renews_leases_waits_less_long_for_its_reply",
+        r"assert \(.*OK.*, False\) == ",
+    ),
+    Mutant(
+        "an item that must run alone waits for a task that never ends",
+        MANAGER,
+        "if running.assignment.is_lost:",
+        "if False:",
+        IN_MANAGER + "test_a_solo_item_does_not_wait_for_a_task_that_never_ends_once_it_is_lost",
+        "Timeout|not within",
     ),
     # ---------------------------------------------------------------- the journal
     Mutant(
@@ -274,8 +326,8 @@ MUTANTS = [
         QUEUE,
         'self._end(lease, "crashed", VANISHED, now)',
         'self._end(lease, "charged", VANISHED, now)',
-        SEEDS,
-        "nobody at fault",
+        IN_CORE + "test_a_worker_that_vanished_costs_its_running_item_a_crash_and_no_charge",
+        r"assert \(1, 0, 0\) == \(0, 1, 0\)",
     ),
     Mutant(
         "the work timeout charges nobody",

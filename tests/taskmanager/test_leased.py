@@ -32,6 +32,7 @@ from dispatcher.models import (
     RenewedLease,
     Step,
     StepItem,
+    StepOutcome,
     StepsResponse,
     WorkerStats,
     WorkItem,
@@ -654,6 +655,42 @@ def test_what_is_lost_goes_on_and_its_result_is_sent() -> None:
     run(scenario())
 
 
+def test_a_lost_item_that_is_given_up_is_named_and_reported_no_more() -> None:
+    async def scenario() -> None:
+        link = StubLink(*lines(2))
+        async with started(link) as source:
+            items = [await begin(source) for _ in range(2)]
+            source.take_verdict(verdict(lost=["1.1", "7.7"]))
+            assert [item.is_lost for item in items] == [False, True]
+
+            source.give_up(items[1])
+
+            assert held(source) == {"0.1": 1}
+            await source.give_back(items, "stopped")
+            assert [item.lease for item in link.released] == ["0.1"]
+
+    run(scenario())
+
+
+def test_an_old_lease_that_is_lost_while_a_new_one_follows_says_nothing_of_its_item() -> None:
+    async def scenario() -> None:
+        link = CrashLink(*lines(1))
+        link.gate = asyncio.Event()
+        async with started(link) as source:
+            item = await begin(source)
+            telling = asyncio.ensure_future(source.crashed([item]))
+            await until(lambda: link.crashes, "the server knows, the worker does not yet")
+            source.take_verdict(verdict(lost=["0.1"]))
+            link.gate.set()
+
+            assert await telling == [item]
+            assert not item.is_lost
+            source.take_verdict(verdict(lost=["0.2"]))
+            assert item.is_lost
+
+    run(scenario())
+
+
 def test_a_verdict_on_running_items_frees_their_slots_for_others() -> None:
     async def scenario() -> None:
         link = StubLink(*lines(12))
@@ -803,7 +840,8 @@ def test_a_stopped_manager_leaves_no_line_unsettled() -> None:
 class CrashLink(StubLink):
     """Renews crashed leases, but those of the lines in `takes_back`; keeps their present leases.
 
-    `loses_releases` replies to releases get lost; `on_release` is called before each reply.
+    `loses_releases` replies to releases get lost; `on_release` is called before each reply. A
+    server that does not `renews_now` cannot answer such calls now. `calls` is what was called.
     """
 
     def __init__(self, *lines: WorkItem, takes_back: Iterable[int] = ()) -> None:
@@ -812,6 +850,10 @@ class CrashLink(StubLink):
         self.leases = {item.work_id: str(item.lease) for item in lines}
         self.crashes: list[str] = []
         self.loses_releases = 0
+        self.renews_now = True
+        self.calls: list[str] = []
+        self.stale: list[StepItem] = []
+        self.attempt = 1
         self.on_release: Callable[[], None] = lambda: None
         self.gate: asyncio.Event | None = None
 
@@ -819,6 +861,10 @@ class CrashLink(StubLink):
         self, work_ids: Iterable[int] = (), items: Iterable[ReleaseItem] = ()
     ) -> ReleaseWorkResponse:
         items = list(items)
+        renews = any(item.renew for item in items)
+        self.calls.append("crash" if renews else "release")
+        if renews and not self.renews_now:
+            return ReleaseWorkResponse(WorkStatus.SERVER_UNAVAILABLE)
         reply = await super().release_work(work_ids, items)
         if reply.status is not WorkStatus.OK:
             return reply
@@ -830,6 +876,17 @@ class CrashLink(StubLink):
             self.loses_releases -= 1
             return ReleaseWorkResponse(WorkStatus.SERVER_UNAVAILABLE)
         return ReleaseWorkResponse(WorkStatus.OK, len(items), renewed)
+
+    async def record_steps(self, steps: Sequence[StepItem]) -> StepsResponse:
+        alive = [self.leases.get(step.work_id) == step.lease for step in steps]
+        self.steps += [step for step, is_alive in zip(steps, alive, strict=True) if is_alive]
+        self.stale += [step for step, is_alive in zip(steps, alive, strict=True) if not is_alive]
+        outcomes = [StepOutcome.ACCEPTED if each else StepOutcome.STALE for each in alive]
+        return StepsResponse(WorkStatus.OK, outcomes)
+
+    async def submit_results(self, items: Sequence[WorkItem], want: int = 0) -> BatchResultResponse:
+        self.calls.append("results")
+        return await super().submit_results(items, want)
 
     def _renew(self, item: ReleaseItem) -> RenewedLease | None:
         number, lease = item.work_id, str(item.lease)
@@ -849,7 +906,7 @@ class CrashLink(StubLink):
         elif ends:
             self.leases[number] = f"{number}.{int(lease.partition('.')[2]) + 1}"
         now = self.leases.get(number)
-        return None if now is None else RenewedLease(number, lease, now, 1)
+        return None if now is None else RenewedLease(number, lease, now, self.attempt)
 
 
 def held(source: LeasedSource) -> dict[str, int]:
@@ -972,6 +1029,8 @@ def test_a_crash_whose_reply_was_lost_is_told_again_and_counts_once() -> None:
             assert await source.crashed(items) == items[:1]
             assert held(source) == {"0.2": 1}
             assert link.crashes == ["0.1", "1.1"]
+            assert not source._told, "they are settled"
+            assert not source._recorder._held_back
 
     run(scenario())
 
@@ -994,6 +1053,91 @@ def test_an_item_that_ends_while_its_crash_is_told_ends_under_its_new_lease(outc
             ends = [end.lease for end in (*link.submitted, *link.released[1:])]
             assert ends == ["0.2"]
             assert [end.charge for end in link.released[1:]] == [True] * len(link.released[1:])
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("outcome", [Answered('{"done": true}'), WantsRetry("again", False)])
+def test_an_item_that_ends_while_no_reply_to_its_crash_arrives_leaves_no_lease_behind(
+    outcome: Any,
+) -> None:
+    async def scenario() -> None:
+        link = CrashLink(*lines(1))
+        link.loses_releases = 1_000_000
+        async with started(link) as source:
+            item = await begin(source)
+            telling = asyncio.ensure_future(source.crashed([item]))
+            await until(lambda: link.crashes, "the server knows, the worker does not")
+            await finish(source, item, outcome)
+            await asyncio.sleep(0.05)
+            assert [end.lease for end in link.released if not end.renew] == []
+            link.loses_releases = 0
+            await telling
+            await until(lambda: link.submitted or not link.leases, "it is reported")
+
+            ends = [end for end in link.released if not end.renew]
+            assert [(end.lease, end.charge) for end in ends] == (
+                [("0.2", True)] if isinstance(outcome, WantsRetry) else []
+            )
+            assert link.crashes == ["0.1"]
+
+    run(scenario())
+
+
+def test_a_crash_whose_reply_was_lost_is_told_again_before_anything_else() -> None:
+    """The lease that it renewed lives for a term, and a report may hang for longer than that."""
+
+    async def scenario() -> None:
+        link = CrashLink(*lines(2))
+        link.loses_releases = 1
+        async with started(link) as source:
+            items = [await begin(source) for _ in range(2)]
+            ends: list[Any] = []
+            link.on_release = lambda: ends.append(asyncio.ensure_future(finish(source, items[1])))
+            await source.crashed(items[:1])
+            link.on_release = lambda: None
+            await until(lambda: link.submitted, "the report")
+
+            assert link.calls[:3] == ["crash", "crash", "results"]
+            assert held(source) == {"0.2": 1}
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("is_lost", [False, True], ids=["the reply is slow", "replies are lost"])
+def test_a_step_that_comes_while_its_lease_is_renewed_is_recorded_under_the_new_one(
+    is_lost: bool,
+) -> None:
+    async def scenario() -> None:
+        link = CrashLink(*lines(1))
+        gate = asyncio.Event()
+        link.gate, link.loses_releases = None if is_lost else gate, 1_000_000 * is_lost
+        link.attempt = 3
+        source, backend = source_of(link, in_turn), StubBackend(gated=True)
+        working = asyncio.ensure_future(managed(source, backend, workers=1).run())
+        await until(lambda: backend.waiting, "the first request")
+        assert backend.on_crash is not None
+        telling = asyncio.ensure_future(backend.on_crash({1}))
+        await until(lambda: link.crashes, "the server knows, the worker does not yet")
+        backend.answer("i0 0")
+        await until(lambda: "i0 1 yes" in backend.waiting, "the task asks again")
+        await asyncio.sleep(0.4)  # far longer than a step is held otherwise
+        assert link.steps == []
+        link.loses_releases = 0
+        gate.set()
+        await telling
+        await until(lambda: link.steps, "the step arrives")
+        backend.answer("i0 1 yes")
+        await until(lambda: len(link.steps) == 2, "so does the next one")
+        backend.open()
+        await working
+
+        assert [(step.lease, step.attempt, step.pos) for step in link.steps] == [
+            ("0.2", 3, (0, 0)),
+            ("0.2", 3, (1, 0)),
+        ]
+        assert link.stale == []
+        assert link.crashes == ["0.1"]
 
     run(scenario())
 
@@ -1047,6 +1191,24 @@ def test_stopping_tells_of_a_crash_and_then_gives_back_the_new_lease() -> None:
             assert link.leases == {}
             given_back = [(x.lease, x.reason, x.charge) for x in link.released if not x.renew]
             assert sorted(given_back) == [("0.2", "stopped", False), ("1.1", "stopped", False)]
+
+    run(scenario())
+
+
+def test_stopping_says_crash_of_items_whose_crash_could_not_be_told() -> None:
+    async def scenario() -> None:
+        link = CrashLink(*lines(2))
+        link.renews_now = False
+        async with started(link, batch_size=2) as source:
+            items = [await begin(source) for _ in range(2)]
+            telling = asyncio.ensure_future(source.crashed(items[:1]))
+            await until(lambda: "crash" in link.calls, "it cannot be told")
+            await source.give_back(items, "stopped")
+            telling.cancel()
+
+            given_back = [(x.lease, x.reason, x.charge) for x in link.released]
+            assert sorted(given_back) == [("0.1", "crash", False), ("1.1", "stopped", False)]
+            assert link.crashes == ["0.1"]
 
     run(scenario())
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 
 from dispatcher.errors import BackendError, ServerLostError
 from dispatcher.models import WorkItem
+from dispatcher.taskmanager import manager as manager_module
 from dispatcher.taskmanager.backend.request import Request, Response
 from dispatcher.taskmanager.execution import Answered, Raised, WantsRetry, task_of_line
 from dispatcher.taskmanager.manager import Manager
@@ -399,6 +400,75 @@ def test_two_solo_items_run_one_after_the_other() -> None:
 
         assert backend.most == 1
         assert backend.log == [f"s{n}.{time}" for n in range(3) for time in range(2)]
+
+    run(scenario())
+
+
+class NotingSource(StubSource):
+    """Notes which items it is to forget."""
+
+    def __init__(self, items: Iterable[Assignment]) -> None:
+        super().__init__(items)
+        self.given_up: list[str] = []
+
+    def give_up(self, assignment: Assignment) -> None:
+        self.given_up.append(assignment.key)
+
+
+def test_a_solo_item_does_not_wait_for_a_task_that_never_ends_once_it_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(manager_module, "_LOOK_FOR_LOST_S", 0.01)
+    begun, release = threading.Event(), threading.Event()
+
+    def blocks(self: Any) -> dict[str, Any]:
+        begun.set()
+        release.wait(STUCK_S)
+        return {}
+
+    async def scenario() -> None:
+        items = [assignment("blocks", blocks), assignment("asks", one_question)]
+        items += [assignment("solo", one_question, solo=True), assignment("next", one_question)]
+        source, backend = NotingSource(items), StubBackend(gated=True)
+        running = asyncio.ensure_future(managed(source, backend, workers=8).run())
+        await asks_for(backend, "asks")
+        await until(lambda: begun.is_set() and len(source.items) == 1, "the solo item waits")
+        backend.answer("asks")
+        await asyncio.sleep(0.1)
+        assert list(source.ends) == ["asks"], "it waits for what is not lost"
+        items[0].is_lost = True
+        await asks_for(backend, "solo")
+        backend.open()
+        await asyncio.wait_for(running, 2)
+
+        assert source.given_up == ["blocks"]
+        assert list(source.ends) == ["asks", "solo", "next"]
+
+    try:
+        run(scenario(), STUCK_S - 1)
+    finally:
+        release.set()
+
+
+def test_what_is_lost_goes_on_as_long_as_no_item_has_to_run_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(manager_module, "_LOOK_FOR_LOST_S", 0.01)
+
+    async def scenario() -> None:
+        items = [assignment(f"i{n}", one_question) for n in range(4)]
+        source, backend = NotingSource(items), StubBackend(gated=True)
+        running = asyncio.ensure_future(managed(source, backend, workers=2).run())
+        await asks_for(backend, "i1")
+        items[0].is_lost = items[1].is_lost = True
+        backend.answer("i1")
+        await asks_for(backend, "i2")
+        await asyncio.sleep(0.1)
+        backend.open()
+        await running
+
+        assert source.given_up == []
+        assert sorted(source.ends) == ["i0", "i1", "i2", "i3"]
 
     run(scenario())
 

@@ -695,14 +695,15 @@ def test_steps_that_came_while_a_lease_was_renewed_go_out_under_the_new_one_in_o
         desk.judge = lambda step: StepOutcome.STALE if step.lease == "0.1" else StepOutcome.ACCEPTED
         async with recording(desk) as recorder:
             item, other = asking(recorder), asking(recorder, 1)
-            with recorder.holding({"0.1"}):
-                item.steps_on()
-                other.steps_on()
-                item.steps_on()
-                await asyncio.sleep(1.0)
-                assert [step.lease for _, step in desk.taken] == ["1.1"]
-                item.item.lease, item.item.attempt = "0.9", 3
-                recorder.rename("0.1", item.item)
+            recorder.hold({"0.1"})
+            item.steps_on()
+            other.steps_on()
+            item.steps_on()
+            await asyncio.sleep(1.0)
+            assert [step.lease for _, step in desk.taken] == ["1.1"]
+            item.item.lease, item.item.attempt = "0.9", 3
+            recorder.rename("0.1", item.item)
+            recorder.let_go({"0.1"})
             item.steps_on()
             await asyncio.sleep(1.0)
 
@@ -719,10 +720,11 @@ def test_steps_of_a_lease_that_was_not_renewed_after_all_go_out_as_they_are() ->
         desk = Desk()
         async with recording(desk) as recorder:
             item = asking(recorder)
-            with recorder.holding({"0.1"}):
-                item.steps_on()
-                assert await recorder.flush()
-                assert desk.taken == []
+            recorder.hold({"0.1"})
+            item.steps_on()
+            assert await recorder.flush()
+            assert desk.taken == []
+            recorder.let_go({"0.1"})
             await asyncio.sleep(PROMISED_S)
 
         assert [step.lease for _, step in desk.taken] == ["0.1"]

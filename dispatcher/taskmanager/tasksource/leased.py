@@ -394,10 +394,13 @@ class LeasedSource(WorkSource):
             if assignment.key in batch:
                 break
             batch[assignment.key] = assignment, report
+        # A result ends every lease of its item.
+        finished = {id(item) for item in self._results}
         releases = [
             ReleaseItem(assignment.item.work_id, lease, charge=False, reason=CRASH, renew=True)
             for lease, (assignment, _) in batch.items()
-            if lease in self._told or self._held.get(lease) is assignment
+            if (lease in self._told or self._held.get(lease) is assignment)
+            and id(assignment.item) not in finished
         ]
         renewed: dict[str, RenewedLease] = {}
         if releases:
