@@ -838,7 +838,7 @@ def test_a_worker_that_somebody_stopped_is_started_again(monkeypatch: pytest.Mon
 def test_a_refused_key_ends_the_run_and_no_restart_is_tried(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = f"{worker_cli.KEY_REFUSED}set MINE to a valid one"
+    words = f"{worker_cli.REFUSED}set MINE to a valid one"
     ended = Ended(monkeypatch, None, (1, words), (None, ""))
     with pytest.raises(DispatcherError, match="set MINE to a valid one") as caught:
         ended.mend()

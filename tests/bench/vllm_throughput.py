@@ -76,7 +76,7 @@ def vllm(model: Path, log_path: Path) -> Iterator[int]:
     python = os.environ["DISPATCHER_TEST_VLLM_PYTHON"]
     lease = lease_port()
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager"]
+    command += ["--dtype", "bfloat16", "--max-model-len", "1024"]
     command += ["--host", "127.0.0.1", "--port", str(lease.port)]
     offline = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     guard = [sys.executable, "-m", "dispatcher.taskmanager.backend.guard", *command]
