@@ -69,9 +69,10 @@ class Saturation:
         if self._has_preempted(load):
             self._preempted_at = now
             limit = self._relieved(load.running, now)
-        elif excess:
-            # Not from the limit: requests that are above an earlier cut may still be in flight.
-            limit = min(self.limit, in_flight - excess)
+        elif excess and in_flight > queue:
+            # Not from the limit: requests that are above an earlier cut may still be in flight. And
+            # not below the queue: what stands there beside so few is another worker's.
+            limit = min(self.limit, max(queue, in_flight - excess))
         elif load.waiting < queue and self._may_grow(load, in_flight):
             limit = self._grown(load, queue, now)
         else:

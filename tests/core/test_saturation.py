@@ -248,3 +248,14 @@ def test_it_is_within_a_twentieth_of_the_best_fixed_limit(places: int, kv_tokens
     assert adaptive > 0.95 * best
     assert max(limits) < 1.5 * min(limits)
     assert max(limits) < 1.5 * (places + 8)
+
+
+def test_a_queue_of_others_does_not_take_the_limit_of_a_worker_that_asks_nothing() -> None:
+    saturation = Saturation(first=16)
+    for second in range(30):
+        saturation.sample(EngineLoad(running=10, waiting=30), 0, float(second))
+    assert saturation.limit == 16
+
+    for second in range(30, 60):
+        saturation.sample(EngineLoad(running=10, waiting=30), 16, float(second))
+    assert saturation.limit == 4
