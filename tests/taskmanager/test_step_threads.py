@@ -8,6 +8,7 @@ import logging
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -18,6 +19,14 @@ from tests.taskmanager.doubles import run, until
 
 STUCK_S = 5.0
 """A step waits this long for its release, and the test has failed long before."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses() -> Iterator[None]:
+    """Collect no garbage meanwhile: among thousands of tests that is itself a slow step."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def test_a_step_runs_on_another_thread_and_its_value_comes_back() -> None:
