@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from dispatcher.taskmanager import cli
-
 VLLM_PYTHON = "DISPATCHER_TEST_VLLM_PYTHON"
 
 
@@ -35,15 +33,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         is_slow = item.get_closest_marker("slow") is not None
         if is_slow and item.path.parent.name in ("faults", "core", "storage"):
             item.add_marker(pytest.mark.fault)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _task_code_of_other_tests_ends_no_command() -> None:
-    """A command that a test calls in this process must not take all tests along.
-
-    It ends its process at once when a thread of task code is left, here one of another test.
-    """
-    cli._task_code_still_runs = lambda: False
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

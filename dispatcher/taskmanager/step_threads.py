@@ -83,7 +83,7 @@ class StepThreads:
         self._slow_owners: weakref.WeakSet[object] = weakref.WeakSet()
         self._watch: asyncio.TimerHandle | None = None
         self._cpu = _CpuOfThreads()
-        self._usual_switch_s: float | None = None
+        self._is_prompt = False
         self.slow_steps = 0
         self.longest_step_s = 0.0
 
@@ -106,8 +106,9 @@ class StepThreads:
             self._watch.cancel()
         self._quick.close()
         self._slow.close()
-        if self._usual_switch_s is not None:
-            sys.setswitchinterval(self._usual_switch_s)
+        if self._is_prompt:
+            self._is_prompt = False
+            _prompt_switches.leave()
 
     # ---------------------------------------------------------------- on the event loop
 
@@ -115,9 +116,9 @@ class StepThreads:
         """Let lanes that are stuck have another thread, fewer when they compute."""
         least, most = _LOCK_IS_HELD
         lock_is_held = least <= self._cpu.share_since_last() <= most
-        if lock_is_held and self._usual_switch_s is None:
-            self._usual_switch_s = sys.getswitchinterval()
-            sys.setswitchinterval(min(self._usual_switch_s, _SWITCH_S))
+        if lock_is_held and not self._is_prompt:
+            self._is_prompt = True
+            _prompt_switches.enter()
         for lane, name in ((self._quick, "quick"), (self._slow, "slow")):
             lane.help(COMPUTING_THREADS[name] if lock_is_held else MAX_THREADS)
         self._watch = None
@@ -229,6 +230,34 @@ class _Lane:
                 self._take_back(_Done(job, value, error, time.monotonic() - start))
             except RuntimeError:
                 return  # the loop is closed: the process is ending
+
+
+class _PromptSwitches:
+    """The interpreter's switch interval, short from the first who wants it so to the last.
+
+    It is one for the process: two that each put back what they found could leave it short.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._wanted_by = 0
+        self._usual_s = 0.0
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._wanted_by == 0:
+                self._usual_s = sys.getswitchinterval()
+                sys.setswitchinterval(min(self._usual_s, _SWITCH_S))
+            self._wanted_by += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._wanted_by -= 1
+            if self._wanted_by == 0:
+                sys.setswitchinterval(self._usual_s)
+
+
+_prompt_switches = _PromptSwitches()
 
 
 class _CpuOfThreads:

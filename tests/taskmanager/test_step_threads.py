@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 
@@ -29,9 +30,26 @@ def _no_pauses() -> Iterator[None]:
     gc.enable()
 
 
+_made: list[StepThreads] = []
+
+
+def step_threads_of_this_test() -> StepThreads:
+    """Return StepThreads that are closed also when the test fails before it does so itself."""
+    _made.append(StepThreads())
+    return _made[-1]
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    """Leave no thread behind: a command called in this process would take it for a stuck task."""
+    yield
+    while _made:
+        _made.pop().close()
+
+
 def test_a_step_runs_on_another_thread_and_its_value_comes_back() -> None:
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         assert await threads.run(threading.get_ident) != threading.get_ident()
         assert await threads.run(lambda: {"any": "value"}) == {"any": "value"}
         threads.close()
@@ -41,7 +59,7 @@ def test_a_step_runs_on_another_thread_and_its_value_comes_back() -> None:
 
 def test_under_load_steps_run_and_come_back_in_the_order_given() -> None:
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         ran: list[int] = []
         came_back: list[int] = []
 
@@ -67,7 +85,7 @@ def test_under_load_steps_run_and_come_back_in_the_order_given() -> None:
 
 def test_a_blocking_step_holds_neither_the_event_loop_nor_the_steps_behind_it() -> None:
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         release = threading.Event()
         blocked = threads.run(lambda: release.wait(STUCK_S))
         behind = [threads.run(lambda n=n: n) for n in range(20)]  # type: ignore[misc]
@@ -89,7 +107,7 @@ def test_a_blocking_step_holds_neither_the_event_loop_nor_the_steps_behind_it() 
 
 def test_several_blocking_steps_each_leave_a_thread_for_those_behind() -> None:
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         release = threading.Event()
         blocked = [threads.run(lambda: release.wait(STUCK_S)) for _ in range(4)]
 
@@ -107,7 +125,7 @@ def test_there_are_never_more_threads_than_the_limit(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(step_threads, "MAX_THREADS", 2)
 
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         release = threading.Event()
         idents: set[int] = set()
 
@@ -132,7 +150,7 @@ def test_a_thread_that_is_no_longer_needed_ends(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(step_threads, "_IDLE_S", 0.05)
 
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         release = threading.Event()
         seen: set[threading.Thread] = set()
 
@@ -158,7 +176,7 @@ def test_an_exception_travels_to_whoever_waits_and_the_thread_lives_on(
     error: BaseException,
 ) -> None:
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
 
         def fail() -> None:
             raise error
@@ -175,7 +193,7 @@ def test_an_exception_travels_to_whoever_waits_and_the_thread_lives_on(
 
 def test_a_step_that_was_given_up_disturbs_no_other() -> None:
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         release = threading.Event()
         given_up = threads.run(lambda: release.wait(STUCK_S))
         following = threads.run(lambda: "fine")
@@ -212,7 +230,7 @@ def test_a_step_of_a_closed_loop_ends_quietly(monkeypatch: pytest.MonkeyPatch) -
 
 def test_steps_that_wait_when_it_is_closed_never_run() -> None:
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         release = threading.Event()
         ran: list[str] = []
         worker: list[threading.Thread] = []
@@ -240,7 +258,7 @@ def test_slow_steps_are_counted_measured_and_warned_about(
     monkeypatch.setattr(step_threads, "WARN_STEP_S", 0.06)
 
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         with caplog.at_level(logging.WARNING):
             await threads.run(lambda: time.sleep(0.1))
 
@@ -266,7 +284,7 @@ def threads_in_use(monkeypatch: pytest.MonkeyPatch, cpu_share: float) -> int:
     monkeypatch.setattr(step_threads, "SLOW_STEP_S", 0.01)
 
     async def scenario() -> int:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         release = threading.Event()
         running: list[int] = []
 
@@ -307,7 +325,7 @@ def test_steps_that_do_not_hold_the_lock_get_more_threads(
 
 def test_who_had_a_slow_step_no_longer_holds_up_those_that_are_quick() -> None:
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         owner, other = Owner(), Owner()
         release = threading.Event()
         await threads.run(lambda: time.sleep(2 * step_threads.SLOW_STEP_S), owner)
@@ -328,7 +346,7 @@ def test_who_had_a_slow_step_no_longer_holds_up_those_that_are_quick() -> None:
 
 def test_while_steps_compute_the_lock_changes_hands_more_often_until_it_is_closed() -> None:
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         usual_s = sys.getswitchinterval()
         computing = threads.run(lambda: compute(0.4))
         await until(lambda: sys.getswitchinterval() < usual_s, "a shorter interval")
@@ -339,9 +357,28 @@ def test_while_steps_compute_the_lock_changes_hands_more_often_until_it_is_close
     run(scenario())
 
 
+@pytest.mark.parametrize("closed_first", [0, 1])
+def test_the_lock_changes_hands_as_usual_when_the_last_of_several_is_closed(
+    closed_first: int,
+) -> None:
+    async def scenario() -> None:
+        usual_s = sys.getswitchinterval()
+        both = [step_threads_of_this_test() for _ in range(2)]
+        for threads in both:
+            computing = threads.run(lambda: compute(0.4))
+            await until(partial(getattr, threads, "_is_prompt"), "a shorter interval")
+            await computing
+        both.pop(closed_first).close()
+        assert sys.getswitchinterval() < usual_s
+        both.pop().close()
+        assert sys.getswitchinterval() == usual_s
+
+    run(scenario())
+
+
 def test_an_owner_that_is_gone_is_forgotten() -> None:
     async def scenario() -> None:
-        threads = StepThreads()
+        threads = step_threads_of_this_test()
         owner = Owner()
         await threads.run(lambda: time.sleep(2 * step_threads.SLOW_STEP_S), owner)
         assert len(threads._slow_owners) == 1
