@@ -21,6 +21,7 @@ import aiohttp
 import openai
 import pytest
 import uvloop
+from aiohttp import ClientConnectionResetError, web
 from openai import AsyncOpenAI
 
 from dispatcher.fakellm import (
@@ -631,6 +632,23 @@ def test_a_waiting_client_that_leaves_frees_its_place() -> None:
             assert s.fake.answers == {0: 2, 200: 1}
 
     run(scenario())
+
+
+def test_a_client_that_is_gone_when_a_part_is_written_is_no_error(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def reset(self: web.StreamResponse, data: bytes) -> None:
+        raise ClientConnectionResetError("Cannot write to closing transport")
+
+    async def scenario() -> None:
+        async with serving() as s:
+            monkeypatch.setattr(web.StreamResponse, "write", reset)
+            with contextlib.suppress(aiohttp.ClientError):
+                await s.http.post(f"{s.url}/chat/completions", json=ask(stream=True))
+            await s.in_flight(0)
+
+    run(scenario())
+    assert not caplog.records
 
 
 def test_counters_and_health_are_open_to_see() -> None:

@@ -137,6 +137,25 @@ def test_a_server_that_hangs_is_killed_and_started_again(tmp_path: Path, how: st
     run(scenario(), 2 * START_S)
 
 
+def test_requests_end_when_nobody_is_left_to_start_the_server_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(self: CountingBackend) -> None:
+        raise OSError(28, "No space left on device")
+
+    async def scenario() -> None:
+        async with backend(tmp_path, "--latency-s", "0.5") as made:
+            monkeypatch.setattr(CountingBackend, "launch", fail)
+            tasks = ask(made, "a", "b")
+            await until(lambda: made.requests_in_flight == 2, "requests in flight", 5)
+            os.kill(engine_pid(made), signal.SIGKILL)
+            for task in tasks:
+                with pytest.raises(BackendError, match="No space left on device"):
+                    await task
+
+    run(scenario(), START_S)
+
+
 def test_an_idle_server_is_left_alone(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with backend(tmp_path, rules=[{"hang": True}], hang_timeout_s=0.3) as made:

@@ -172,6 +172,9 @@ class LaunchedBackend(Backend):
                 await client.move_to(await self._revive(client, problem))
         except BackendError as error:
             client.declare_dead(error)
+        except Exception as error:  # a full disk, or a defect: nobody would start it ever again
+            log.exception("the model server cannot be watched any more")
+            client.declare_dead(BackendError(f"the model server cannot be watched: {error!r}"))
 
     async def _until_trouble(self, client: OpenAICompatibleBackend) -> BackendError:
         """Return what went wrong with the server, once something did."""
