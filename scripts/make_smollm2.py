@@ -8,6 +8,7 @@ in bfloat16, in about 40 s. Then, for example:
 
     dispatcher run --task examples/chat_task.py:ChatTask --input examples/data/prompts.jsonl \\
         --output output.jsonl --model DIR --max-model-len 2048 \\
+        --enforce-eager --vllm-extra-args='--dtype float32' \\
         --vllm-command '.venv-vllm/bin/python -m vllm.entrypoints.openai.api_server'
 """
 

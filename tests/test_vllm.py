@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -202,3 +203,33 @@ def test_two_engines_on_one_machine_share_the_work_and_are_gone_afterwards(
         log = (tmp_path / "logs" / f"task-manager-{number}" / "vllm.log").read_text()
         assert "POST /v1/chat/completions" in log  # neither was idle
     wait_until(lambda: not processes_of(model), "the engines to be gone", 15)
+
+
+@pytest.mark.model
+def test_the_readmes_command_answers_the_example_prompts_with_smollm2(tmp_path: Path) -> None:
+    readme = Path("README.md").read_text()
+    block = readme.partition("**Real vLLM without a GPU**")[2].partition("**A rehearsal")[0]
+    commands = "".join(line[4:] + "\n" for line in block.splitlines() if line.startswith("    "))
+    _, make, run = commands.replace("\\\n", "").splitlines()
+    python = os.environ[VLLM_PYTHON]
+    model, outfile = tmp_path / "smollm2", tmp_path / "output.jsonl"
+
+    def words(command: str) -> list[str]:
+        changed = {
+            "./smollm2": str(model),
+            "smollm2": str(model),
+            "output-vllm.jsonl": str(outfile),
+        }
+        split = (changed.get(word, word) for word in shlex.split(command))
+        return [word.replace(".venv-vllm/bin/python", python) for word in split]
+
+    with running(*words(make)) as maker:
+        assert maker.wait(240) == 0, maker.output
+    name, *arguments = words(run)
+    assert name == "dispatcher"
+    with running(sys.executable, "-m", "dispatcher.cli", *arguments, env=ENGINE) as command:
+        assert command.wait(START_S + 420) == 0, command.output
+    answers = [json.loads(line)["response"] for line in outfile.read_text().splitlines()]
+    assert len(answers) == 100
+    assert len(set(answers)) > 90
+    wait_until(lambda: not processes_of(model), "the engine to be gone", 15)

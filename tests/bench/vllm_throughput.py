@@ -36,6 +36,7 @@ from tests.bench.measure import ROOT, started
 from tests.bench.vllm_task import TOKENS, body, next_question
 
 _PLAIN = "--plain"
+_WORKERS = ("fixed", "auto")
 _START_S = 600.0
 _runs = itertools.count()
 
@@ -193,7 +194,9 @@ def compare(name: str, rounds: int, runs: Mapping[str, Callable[[], float]]) -> 
         print(f"{name}  {each}  median of {rounds}: {statistics.median(values):.3f}", flush=True)
 
 
-def measure(bench: Bench, rounds: int, in_flight: list[int], steps: list[int]) -> None:
+def measure(
+    bench: Bench, rounds: int, in_flight: list[int], steps: list[int], ours: list[str]
+) -> None:
     """Find the plain generator's best, then compare."""
     bench.plain(1, in_flight[0])  # the engine compiles on its first requests
     for count in steps:
@@ -201,11 +204,9 @@ def measure(bench: Bench, rounds: int, in_flight: list[int], steps: list[int]) -
         for n, figure in found.items():
             print(f"steps {count}  plain at {n:4} in flight: {figure:7.1f} tokens/s", flush=True)
         best = max(found, key=lambda n: found[n])
-        runs = {
-            "plain": partial(bench.plain, count, best),
-            "fixed": partial(bench.ours, count, str(best)),
-            "auto": partial(bench.ours, count, "auto"),
-        }
+        runs = {"plain": partial(bench.plain, count, best)}
+        for each in ours:
+            runs[each] = partial(bench.ours, count, str(best) if each == "fixed" else each)
         compare(f"steps {count}, {best} in flight", rounds, runs)
 
 
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--in-flight", type=int, nargs="+", default=[16, 32, 64, 128])
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 3])
+    parser.add_argument("--workers", choices=_WORKERS, nargs="+", default=_WORKERS)
     parser.add_argument("--infile", type=Path, help=argparse.SUPPRESS)
     parser.add_argument(_PLAIN, metavar="URL", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -233,7 +235,7 @@ def main() -> None:
         model = Path(args.model).absolute() if args.model else make_tiny(directory / "model")
         with vllm(model, args.dtype, directory / "vllm.log") as port:
             bench = Bench(directory, str(model), port, args.requests)
-            measure(bench, args.rounds, args.in_flight, args.steps)
+            measure(bench, args.rounds, args.in_flight, args.steps, args.workers)
 
 
 def make_tiny(directory: Path) -> Path:
