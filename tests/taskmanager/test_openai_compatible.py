@@ -649,7 +649,7 @@ def test_with_a_limiter_the_limit_follows_what_the_server_bears() -> None:
             assert all(response.is_success for response in responses)
             assert backend.limit == limiter.limit
             assert 2 <= backend.limit <= 32
-            assert fake.answers[429] < 100
+            assert fake.answers[429] < 300  # with 32 fixed, 577 to 960
 
     run(scenario())
 
