@@ -137,11 +137,14 @@ def test_a_server_that_hangs_is_killed_and_started_again(tmp_path: Path, how: st
     run(scenario(), 2 * START_S)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), KeyError("No space left on device")]
+)
 def test_requests_end_when_nobody_is_left_to_start_the_server_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     async def fail(self: CountingBackend) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     async def scenario() -> None:
         async with backend(tmp_path, "--latency-s", "0.5") as made:

@@ -172,9 +172,11 @@ class LaunchedBackend(Backend):
                 await client.move_to(await self._revive(client, problem))
         except BackendError as error:
             client.declare_dead(error)
-        except Exception as error:  # a full disk, or a defect: nobody would start it ever again
-            log.exception("the model server cannot be watched any more")
-            client.declare_dead(BackendError(f"the model server cannot be watched: {error!r}"))
+        except OSError as error:  # a full disk, say, where its log is to go
+            client.declare_dead(BackendError(f"the model server cannot be started again: {error}"))
+        except Exception as error:  # a defect: requests would wait for ever, and nobody know why
+            log.exception("the model server is not watched any more")
+            client.declare_dead(BackendError(f"the model server is not watched any more: {error}"))
 
     async def _until_trouble(self, client: OpenAICompatibleBackend) -> BackendError:
         """Return what went wrong with the server, once something did."""
