@@ -16,7 +16,7 @@
 #     CACHE_DIR          with --worker: this task's place for what model servers cache
 set -euo pipefail
 project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-DEVICES=${DEVICES:-/dev}
+devices=${DEVICES_DIR:-/dev}
 
 fail() {
     printf 'launcher.sh: %s\n' "$*" >&2
@@ -26,14 +26,12 @@ fail() {
 load_modules() {
     [ -n "${MODULES:-}" ] || return 0
     local module init
-    if ! type -t module >/dev/null; then
-        for init in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh /usr/share/lmod/lmod/init/bash; do
-            # shellcheck source=/dev/null
-            if [ -r "$init" ]; then set +u && source "$init" && set -u && break; fi
-        done
-    fi
+    set +u # all of this reads variables that may not be there
+    for init in /etc/profile.d/modules.sh /etc/profile.d/lmod.sh; do
+        # shellcheck source=/dev/null
+        type -t module >/dev/null || [ ! -r "$init" ] || source "$init"
+    done
     type -t module >/dev/null || fail "MODULES=$MODULES, but there is no \`module\` command here"
-    set +u # it reads variables that may not be there
     for module in $MODULES; do
         module load "$module" || fail "module load $module failed (MODULES)"
     done
@@ -64,9 +62,9 @@ take_gpus() {
     fi
     first=$((place * count))
     if [ "${#shown[@]}" -lt $((first + count)) ]; then
-        fail "task $((place + 1)) of this node needs the GPUs $((first + 1)) to $((first + count))" \
-            "but the job has ${#shown[@]} here (${names[0]}); ask for more GPUs a node, start fewer" \
-            "tasks on it, or lower GPUS_PER_TASK"
+        fail "task $((place + 1)) of this node needs the GPUs $((first + 1)) to" \
+            "$((first + count)), but the job has ${#shown[@]} here (${names[0]}); ask for more" \
+            "GPUs a node, start fewer tasks on it, or lower GPUS_PER_TASK"
     fi
     mine=$(IFS=, && echo "${shown[*]:first:count}")
     inside=$(seq -s, 0 $((count - 1)))
@@ -83,10 +81,10 @@ take_gpus() {
 # find_gpus: sets `names` and `shown` from the devices of this node; leaves them empty without any.
 find_gpus() {
     local found=()
-    mapfile -t found < <(compgen -G "$DEVICES/nvidia[0-9]*")
+    mapfile -t found < <(compgen -G "$devices/nvidia[0-9]*")
     names=(CUDA_VISIBLE_DEVICES)
-    if [ "${#found[@]}" = 0 ] && [ -e "$DEVICES/kfd" ]; then
-        mapfile -t found < <(compgen -G "$DEVICES/dri/renderD*")
+    if [ "${#found[@]}" = 0 ] && [ -e "$devices/kfd" ]; then
+        mapfile -t found < <(compgen -G "$devices/dri/renderD*")
         names=(HIP_VISIBLE_DEVICES)
     fi
     if [ "${#found[@]}" -gt 0 ]; then
@@ -123,8 +121,8 @@ container_prefix() {
     fi
     prefix=("$runtime" exec)
     if [ -z "$gpu" ]; then
-        if compgen -G "$DEVICES/nvidia[0-9]*" >/dev/null; then gpu=--nv; fi
-        if [ -e "$DEVICES/kfd" ]; then gpu=--rocm; fi
+        if compgen -G "$devices/nvidia[0-9]*" >/dev/null; then gpu=--nv; fi
+        if [ -e "$devices/kfd" ]; then gpu=--rocm; fi
     fi
     case $gpu in --nv | --rocm) prefix+=("$gpu") ;; esac
     for place in "$project" "$PWD" "$(dirname "${INPUT:-.}")" "$(dirname "${OUTPUT:-.}")" \

@@ -31,7 +31,8 @@ trap pass_on TERM INT
 
 # What model servers cache is kept from restart to restart, on this node, for this task alone. Not
 # TMPDIR: there the task managers of a node keep off each other's ports.
-CACHE_DIR=$(mktemp -d "${SCRATCH:-${TMPDIR:-/tmp}}/dispatcher-cache-XXXXXX") || exit 1
+local_dir=${LOCAL_SCRATCH:-${SLURM_TMPDIR:-${TMPDIR:-/tmp}}}
+CACHE_DIR=$(mktemp -d "$local_dir/dispatcher-cache-XXXXXX") || exit 1
 export CACHE_DIR
 trap 'rm -rf -- "$CACHE_DIR"' EXIT
 

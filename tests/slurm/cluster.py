@@ -24,8 +24,8 @@ from tests.support.processes import ROOT, wait_until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 NODES = ("n1", "n2", "n3", "n4")
-GRACE_S = 10
-REQUEUE_S = 5
+GRACE_S = 20
+REQUEUE_S = 10
 """What Slurm waits before it starts a requeued job again; usually 120."""
 
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"

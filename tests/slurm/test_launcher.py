@@ -34,7 +34,7 @@ def launch(
     env = {key: value for key, value in os.environ.items() if key not in VISIBLE}
     return subprocess.run(
         [str(LAUNCHER), *command],
-        env={**env, "DEVICES": str(devices), **settings},
+        env={**env, "DEVICES_DIR": str(devices), **settings},
         cwd=cwd,
         capture_output=True,
         text=True,
@@ -124,7 +124,7 @@ def test_too_few_gpus_are_told_in_one_sentence(devices: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "launcher.sh: task 2 of this node needs the GPUs 3 to 4 but the job has 3 here "
+        "launcher.sh: task 2 of this node needs the GPUs 3 to 4, but the job has 3 here "
         "(CUDA_VISIBLE_DEVICES); ask for more GPUs a node, start fewer tasks on it, or lower "
         "GPUS_PER_TASK\n"
     )
@@ -200,7 +200,7 @@ def test_no_shell_is_left_between_a_signal_and_the_command(
     tmp_path: Path, devices: Path, runtime: str
 ) -> None:
     env = {
-        "DEVICES": str(devices),
+        "DEVICES_DIR": str(devices),
         "PATH": runtime,
         "ASKED": str(tmp_path / "asked"),
         "CONTAINER": "image.sif",
@@ -265,7 +265,7 @@ def worker_env(tmp_path: Path) -> dict[str, str]:
     return {
         "SLURM_JOB_ID": "7",
         "SLURM_PROCID": "3",
-        "SCRATCH": str(tmp_path / "caches"),
+        "LOCAL_SCRATCH": str(tmp_path / "caches"),
         "WORKER_PAUSE_S": "0.1",
         "PLACE": str(tmp_path),
     }
