@@ -56,6 +56,7 @@ MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
 KillWait=10
+SlurmdTimeout=30
 MinJobAge=900
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 PreemptType=preempt/partition_prio
@@ -115,6 +116,25 @@ class Cluster:
     def start_node(self, name: str) -> None:
         """Start the slurmd of a node."""
         self._launch(name, "-D", "-N", name, "-f", str(self.config), program="slurmd")
+
+    def kill_node(self, name: str) -> None:
+        """Kill everything that runs on a node."""
+        daemon = self._daemons.pop(name)
+        daemon.kill()
+        daemon.wait(15)
+        for pid in [*self._step_daemons(name), *self.processes(SLURMD_NODENAME=name)]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _step_daemons(self, name: str) -> list[int]:
+        """Return the slurmstepd processes of a node: those that started what runs there."""
+        found = set()
+        for pid in self.processes(SLURMD_NODENAME=name):
+            with suppress(OSError):
+                parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+                if Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd"):
+                    found.add(parent)
+        return sorted(found)
 
     def stop(self) -> None:
         """End the jobs, the daemons, and whatever of them is left, by process id."""

@@ -179,6 +179,20 @@ def test_a_server_that_dies_is_started_again_beside_its_workers(
     assert run.repeated() == 0
 
 
+def test_a_dead_node_is_made_up_for_by_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    run = SlurmRun(tmp_path / "run", 1500)
+    job = submit(cluster, run)
+    run.until_done(200)
+    try:
+        cluster.kill_node("n3")
+        job.wait_for("COMPLETED", "COMPLETING", "FAILED", deadline_s=180)
+    finally:
+        cluster.start_node("n3")
+    assert job.wait() == 0, job.log
+    assert (job.state, job.restarts) == ("COMPLETED", 0), job.log
+    run.check()
+
+
 def test_what_cannot_be_right_ends_the_job_with_its_code(cluster: Cluster, tmp_path: Path) -> None:
     run = SlurmRun(tmp_path / "run", 10)
     no_input = submit(cluster, run, INPUT="nothing.jsonl", OUTPUT="other.jsonl")
