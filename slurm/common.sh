@@ -54,7 +54,6 @@ fill_in() {
     *) GPUS_PER_TASK=${GPUS_PER_TASK:-${TENSOR_PARALLEL:-1}} ;;
     esac
     TASKS_PER_NODE=${TASKS_PER_NODE:-${SLURM_NTASKS_PER_NODE:-1}}
-    PYTHON=${PYTHON:-python3}
     # launcher.sh and worker.sh go by these.
     export INPUT OUTPUT STATE MODEL=${MODEL:-} GPUS_PER_TASK
 }
@@ -81,7 +80,7 @@ add_option() {
 # start_server: starts the run's server beside this script, on the job's first node.
 start_server() {
     announced_before=$(cat "$STATE/server.json" 2>/dev/null)
-    command=("$PYTHON" -m dispatcher.server --infile "$INPUT" --outfile "$OUTPUT" --state "$STATE")
+    command=(python3 -m dispatcher.server --infile "$INPUT" --outfile "$OUTPUT" --state "$STATE")
     command+=(--host 0.0.0.0 --port 0)
     add_option WORK_TIMEOUT --work-timeout
     add_option MAX_RETRIES --max-retries
@@ -107,7 +106,7 @@ await_server() {
 
 # task_manager: sets `command` to a task manager of the run.
 task_manager() {
-    command=("$PYTHON" -m dispatcher.taskmanager.cli --dispatcher "@$STATE/server.json")
+    command=(python3 -m dispatcher.taskmanager.cli --dispatcher "@$STATE/server.json")
     add_option TASK --task
     add_option BACKEND --backend
     add_option MODEL --model
@@ -125,7 +124,7 @@ task_manager() {
 # start_workers: runs `command` on every node that the job has now, TASKS_PER_NODE times each.
 start_workers() {
     local nodes
-    nodes=$(squeue --noheader --job="$job" --format=%D 2>/dev/null | head -n 1)
+    nodes=$(squeue --noheader --jobs="$job" --format=%D 2>/dev/null | head -n 1)
     nodes=${nodes:-$SLURM_JOB_NUM_NODES}
     workers_starts=$((workers_starts + 1)) workers_began_at=$SECONDS
     # A dead node or task ends neither the step nor the job: the others take its items.
@@ -229,7 +228,7 @@ end_server() {
 requeue() {
     local try state=''
     for try in 1 2 3; do
-        state=$(squeue --noheader --job="$job" --format=%T 2>/dev/null | head -n 1)
+        state=$(squeue --noheader --jobs="$job" --format=%T 2>/dev/null | head -n 1)
         [ -z "$state" ] || break
         sleep "$try"
     done

@@ -51,7 +51,6 @@ TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
-SwitchType=switch/none
 MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
@@ -251,9 +250,10 @@ class Job:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def elements(self) -> list[Job]:
-        """Return the jobs of an array."""
-        lines = self.cluster.run("squeue", "--noheader", "--array", f"--job={self.id}", "-o%A")
-        return [Job(self.cluster, number, self.directory) for number in sorted(lines.split())]
+        """Return those of an array that run, by their number."""
+        listing = ("--noheader", "--array", f"--jobs={self.id}", "--states=RUNNING")
+        names = self.cluster.run("squeue", *listing, "--format=%F_%K").split()
+        return [Job(self.cluster, name, self.directory) for name in sorted(names)]
 
     @property
     def state(self) -> str:
@@ -274,7 +274,7 @@ class Job:
     @property
     def log(self) -> str:
         """Return what it has written."""
-        paths = sorted(self.directory.glob(f"*-{self.id}.log"))
+        paths = sorted(self.directory.glob(f"*-{self.show()['JobId']}.log"))
         return "".join(path.read_text(errors="replace") for path in paths)
 
     def wait_for(self, *states: str, deadline_s: float = 120.0) -> str:
