@@ -61,14 +61,15 @@ class Call:
 
 def read_calls(call_log: Path) -> list[Call]:
     """Return the calls in the order they came."""
-    calls: dict[int, Call] = {}
+    calls: dict[tuple[str, int], Call] = {}
     for text in call_log.read_text().splitlines():
         line = json.loads(text)
+        call = line["server"], line["call"]  # several servers may share the log
         if line["event"] == "call":
             of_line, of_yield, place = map(int, line["prompt"].split()[:3])
-            calls[line["call"]] = Call((of_line, of_yield, place), line["t"])
+            calls[call] = Call((of_line, of_yield, place), line["t"])
         elif line["status"] == 200:
-            calls[line["call"]].answered_at = line["t"]
+            calls[call].answered_at = line["t"]
     return list(calls.values())
 
 
