@@ -12,6 +12,7 @@ import shlex
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
@@ -186,9 +187,10 @@ class Cluster:
                 requeue_s=REQUEUE_S,
             )
         )
-        # Files stand for the devices; Slurm names them in CUDA_VISIBLE_DEVICES.
+        # Slurm names the devices in CUDA_VISIBLE_DEVICES; it wants real ones, here of /dev/null.
         for number in range(4):
-            (self.directory / f"nvidia{number}").touch()
+            null = os.makedev(1, 3)
+            os.mknod(self.directory / f"nvidia{number}", stat.S_IFCHR | 0o600, null)
         (self.directory / "gres.conf").write_text(
             f"Name=gpu File={self.directory}/nvidia[0-3] Flags=nvidia_gpu_env\n"
         )

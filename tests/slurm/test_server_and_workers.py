@@ -18,6 +18,14 @@ ENGINE = """\
 #!/bin/sh
 # Plays vLLM's server; notes how it was started.
 {{ echo "$@"; echo "CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES"; }} >"{directory}/engine.$$"
+# fakellm knows nothing of GPUs.
+for word; do
+    shift
+    case $before in --tensor-parallel-size) ;; *)
+        [ "$word" = --tensor-parallel-size ] || set -- "$@" "$word" ;;
+    esac
+    before=$word
+done
 exec {python} -m dispatcher.fakellm --api-key-env VLLM_API_KEY "$@"
 """
 
@@ -122,10 +130,10 @@ def test_two_task_managers_on_one_node_have_gpus_and_ports_of_their_own(
 def test_a_client_program_is_run_as_an_array(cluster: Cluster, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
-        "import json, sys, time\n"
+        "import json, os, sys, time\n"
         "from dispatcher.client import WorkClient\n"
         "at = sys.argv[sys.argv.index('--dispatcher_server') + 1]\n"
-        "client = WorkClient(at, str(sys.argv))\n"
+        "client = WorkClient(at, f'program-{os.getpid()}')\n"
         "while (reply := client.get_work(10, 2)).status != 'all_work_complete':\n"
         "    for item in reply.items:\n"
         "        item.set_result(json.dumps({'asked': item.content, 'argv': sys.argv[3:]}))\n"
