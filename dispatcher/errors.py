@@ -5,7 +5,8 @@ DispatcherError                 exit code 1
 │   └── TaskLoadError           the task class cannot be found or set up
 ├── StateError                  the run on disk is not what this command expects
 │   ├── CorruptJournalError     a damaged frame with good ones behind it
-│   └── RunLockedError          another process works on the same run
+│   ├── RunLockedError          another process works on the same run
+│   └── SpoolFileError          a worker's spooled results cannot be used; the run goes on
 ├── StorageError                a file operation failed
 │   ├── StorageFullError        nothing was changed; the same call may succeed later (507)
 │   └── SyncFailedError         a sync failed: what is on disk is unknown, the process must end
@@ -65,6 +66,10 @@ class CorruptJournalError(StateError):
 
 class RunLockedError(StateError):
     """Another process works on the same run."""
+
+
+class SpoolFileError(StateError):
+    """What a worker left in the spool cannot be trusted, read or used; nothing else is touched."""
 
 
 class StorageError(DispatcherError):

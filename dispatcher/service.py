@@ -33,6 +33,7 @@ from dispatcher.core.worker_totals import WorkerTotals, models_in_status, models
 from dispatcher.errors import (
     CorruptJournalError,
     DispatcherError,
+    SpoolFileError,
     StateError,
     StorageError,
     StorageFullError,
@@ -59,6 +60,7 @@ from dispatcher.storage.opening import OpenRun, open_run, utc_now
 from dispatcher.storage.ownership import REFRESH_S, Ownership
 from dispatcher.storage.run_state import make_state_dir, remove_intermediate, save_run_file
 from dispatcher.storage.source import InputLine, LineSource
+from dispatcher.storage.spool import Spool, SpoolFile
 from dispatcher.storage.writer import Batch, RunWriter
 
 T = TypeVar("T")
@@ -66,6 +68,12 @@ log = logging.getLogger(__name__)
 
 REPLY_BYTES = 32 << 20
 """Input text handed out in one reply, at most (but always one item)."""
+
+SPOOL_LOOK_S = 5.0
+"""How often the spool is looked at for results of workers that cannot reach this process."""
+
+SPOOL_AT_START_S = 10.0
+"""How long a start waits for the spool to be taken in; what is left of it follows."""
 
 _SCAN_LINES = 1024
 _SCAN_BYTES = 4 << 20
@@ -128,6 +136,7 @@ class DispatchService:
         self.queue = WorkQueue(settings.policy)
         self.invalid_results = 0
         self.duplicate_results = 0
+        self.spooled_results = 0
         self._monotonic = clock
         self._clock = AwakeClock(clock, min(_LONGEST_GAP_S, settings.policy.lease_term_s / 4))
         self._files = files or Files()
@@ -135,6 +144,9 @@ class DispatchService:
         self._writer: RunWriter | None = None
         self._source: LineSource | None = None
         self._lines: deque[InputLine] = deque()
+        self._spool = Spool(settings.state_dir, self._files)
+        self._spool_refused: set[str] = set()
+        self._spool_seen = asyncio.Event()
         self._write_thread = make_thread("journal")
         self._read_thread = make_thread("input")
         # A claim must be seen to be kept also while a slow file system holds up the journal.
@@ -177,8 +189,10 @@ class DispatchService:
         self._tasks += [
             asyncio.create_task(self._guard(self._commit_forever())),
             asyncio.create_task(self._guard(self._tick_forever())),
+            asyncio.create_task(self._guard(self._take_spool_forever())),
         ]
         self._work_queued.set()
+        await self._until_spool_is_seen()
 
     async def drain(self) -> None:
         """Hand out nothing more; results and releases are still taken."""
@@ -207,6 +221,7 @@ class DispatchService:
         if self._source is not None:
             self._source.close()
         if self.finished.is_set() and self.failure is None:
+            self._spool.remove_all(self.run_id)
             remove_intermediate(self.settings.state_dir, self.epoch, self._files)
         self.stopped.set()
 
@@ -429,6 +444,7 @@ class DispatchService:
             "steps_replayed": reported.replayed,
             "duplicate_results": self.duplicate_results,
             "invalid_results": self.invalid_results,
+            "spooled_results": self.spooled_results,
             "requests": reported.requests,
             "prompt_tokens": reported.prompt_tokens,
             "completion_tokens": reported.completion_tokens,
@@ -636,6 +652,67 @@ class DispatchService:
             if item.condemned:
                 tombstone = _dump({"__ERROR__": error})
                 queue.tombstone(work_id, MAX_RETRIES_EXCEEDED, tombstone, self._clock.now())
+
+    # ---------------------------------------------------------------- the spool
+
+    async def _take_spool_forever(self) -> None:
+        """Take in what workers spooled while no server answered them, and what they spool now."""
+        while True:
+            try:
+                for name in await self._spool_call(self._spool.names):
+                    if name not in self._spool_refused:
+                        await self._take_spool_file(name)
+            except SpoolFileError as error:
+                self._refuse_spool_file("", error)
+            except StorageFullError:
+                pass  # what was not taken in is still there at the next look
+            self._spool_seen.set()
+            await asyncio.sleep(SPOOL_LOOK_S)
+
+    async def _take_spool_file(self, name: str) -> None:
+        """Take results from a file as if they were handed in, then delete it.
+
+        A process that dies before that leaves what the next one will find to be duplicates.
+        """
+        file: SpoolFile | None = None
+        accepted = count = 0
+        try:
+            file = await self._spool_call(self._spool.open, name, self.run_id)
+            if file is None:
+                return
+            while results := await self._spool_call(file.next_results):
+                outcomes = await self.submit(results)
+                count += len(results)
+                accepted += outcomes.count(Outcome.ACCEPTED)
+        except SpoolFileError as error:
+            self._refuse_spool_file(name, error)
+        else:
+            if self._ownership.is_confirmed:  # else the next look, or the next owner, does it
+                await self._spool_call(self._spool.remove, name)
+        finally:
+            self.spooled_results += accepted
+            if file is not None:
+                self._read_thread.submit(file.close)  # behind a read that was given up
+        if count:
+            log.info("%d results from the spool file %s, %d of them new", count, name, accepted)
+
+    def _refuse_spool_file(self, name: str, error: SpoolFileError) -> None:
+        """Say it once, and let it lie; the rest of the run goes on."""
+        if name not in self._spool_refused:
+            self._spool_refused.add(name)
+            log.warning("%s", error)
+
+    async def _until_spool_is_seen(self) -> None:
+        """Return when spooled results are in, as their lines are not to be handed out again."""
+        ends = [asyncio.ensure_future(e.wait()) for e in (self._spool_seen, self.stopped)]
+        try:
+            await asyncio.wait(ends, timeout=SPOOL_AT_START_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for end in ends:
+                end.cancel()
+
+    async def _spool_call(self, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._read_thread, call, *args)
 
     # ---------------------------------------------------------------- waiting
 

@@ -14,6 +14,7 @@ from dispatcher.errors import StateError, StorageError, UsageError
 from dispatcher.storage.files import Files
 from dispatcher.storage.journal import JOURNAL_DIR
 from dispatcher.storage.ownership import OWNERS_DIR
+from dispatcher.storage.spool import SPOOL_DIR
 
 RUN_FILE = "run.yaml"
 STARTING = "starting"
@@ -33,6 +34,7 @@ def make_state_dir(path: Path, files: Files) -> None:
         )
     try:
         files.make_dir(path / JOURNAL_DIR)
+        files.make_dir(path / SPOOL_DIR)  # workers write there, but never create it
         files.sync_dir(path)
         files.sync_dir(path.parent)
     except OSError as error:

@@ -95,7 +95,9 @@ def build_parser() -> Parser:
         type=number(float, 1),
         default=600.0,
         metavar="S",
-        help="seconds without an answer from the server before this worker gives up",
+        help="seconds without an answer from the server before this worker gives up (exit code 5); "
+        "finished results that it could not hand in are then in STATE/spool, where the server "
+        "finds them, if --dispatcher is @STATE/server.json",
     )
     source.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these options")
     add_resume_options(parser, has_task=True)

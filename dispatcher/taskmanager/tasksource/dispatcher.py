@@ -12,10 +12,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from dispatcher.client import AsyncWorkClient, WorkClient
 from dispatcher.errors import AccessDeniedError, BadRequestError, DispatcherError, UsageError
 from dispatcher.models import HeartbeatRequest, HeartbeatResponse, WorkerStats, WorkStatus
+from dispatcher.storage.spool import SpoolWriter
 from dispatcher.taskmanager.task.base import Task
 from dispatcher.taskmanager.tasksource.base import Assignment
 from dispatcher.taskmanager.tasksource.leased import LeasedSource
@@ -124,6 +126,8 @@ class DispatcherTaskSource(LeasedSource):
             server_timeout_s=server_timeout_s,
             backend_up=backend_up,
             stats=stats,
+            # Whoever came by the file in the state directory may reach the spool beside it.
+            spool=SpoolWriter(Path(address[1:]), worker) if address.startswith("@") else None,
         )
         self._heartbeats = Heartbeats(
             address, token, self.heartbeat_request, self.take_verdict, self._fail

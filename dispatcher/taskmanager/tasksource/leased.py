@@ -1,7 +1,8 @@
 """Work under leases, whoever grants them: a server over HTTP, or the service in this process.
 
 Keeps a few items ahead of the manager so that the model server never waits, hands results in
-as batches that ask for more work in the same call, and keeps trying while the server is away.
+as batches that ask for more work in the same call, and keeps trying while the server is away;
+what it cannot hand in is kept in the run's spool meanwhile, where there is one (spooling.py).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from dispatcher.models import (
     WorkItem,
     WorkStatus,
 )
+from dispatcher.storage.spool import SpoolWriter
 from dispatcher.taskmanager.backend.request import Response
 from dispatcher.taskmanager.execution import (
     Answered,
@@ -48,6 +50,7 @@ from dispatcher.taskmanager.recorder import StepRecorder
 from dispatcher.taskmanager.steps import Asked, StepLog
 from dispatcher.taskmanager.task.base import Task
 from dispatcher.taskmanager.tasksource.base import Assignment, WorkSource
+from dispatcher.taskmanager.tasksource.spooling import Spooler
 
 POLL_S = 20.0
 """How long one call for work may be held open by the server."""
@@ -107,6 +110,7 @@ class LeasedSource(WorkSource):
     """The worker's side of the protocol. `batch_size` items are kept ready ahead of need.
 
     `model` is what requests ask that name none; a recorded answer of another one does not count.
+    `spool` is where results are kept that the server does not take; None: in memory only.
     """
 
     def __init__(
@@ -120,6 +124,7 @@ class LeasedSource(WorkSource):
         server_timeout_s: float,
         backend_up: Callable[[], bool],
         stats: Callable[[], WorkerStats],
+        spool: SpoolWriter | None = None,
     ) -> None:
         self.worker = worker
         self._link = link
@@ -135,6 +140,7 @@ class LeasedSource(WorkSource):
         self._held: dict[str, Assignment] = {}
         self._buffer: deque[Assignment] = deque()
         self._results: deque[WorkItem] = deque()
+        self._spooler = Spooler(spool, self._results) if spool is not None else None
         self._releases: deque[ReleaseItem] = deque()
         self._crashes: deque[tuple[Assignment, _CrashReport]] = deque()
         self._told: set[str] = set()  # leases that were told of as crashed, the reply is missing
@@ -158,6 +164,8 @@ class LeasedSource(WorkSource):
         self._exchange.add_done_callback(self._note_end)
         self._recording = asyncio.ensure_future(self._recorder.run())
         self._recording.add_done_callback(self._note_end)
+        if self._spooler is not None:
+            self._spooler.start().add_done_callback(self._note_end)
         self._something_to_send.set()
 
     async def next(self) -> Assignment | None:
@@ -243,6 +251,8 @@ class LeasedSource(WorkSource):
         for task in (self._exchange, self._poll, self._recording):
             if task is not None:
                 task.cancel()
+        if self._spooler is not None and self._away_since is not None:
+            await self._spooler.save_now()  # first, as there may be little time left
         try:
             async with asyncio.timeout(_GIVE_BACK_S):
                 with contextlib.suppress(TimeoutError):  # they are worth less than what follows
@@ -259,6 +269,9 @@ class LeasedSource(WorkSource):
                     pass
         except TimeoutError:
             log.warning("the server did not take back what this worker held; its lease will end")
+        finally:
+            if self._spooler is not None:
+                await self._spooler.end()
         await self._link.close()
 
     def _release_all(self, assignments: list[Assignment], reason: str) -> None:
@@ -282,6 +295,8 @@ class LeasedSource(WorkSource):
         for task in (self._poll, self._recording):
             if task is not None:
                 task.cancel()
+        if self._spooler is not None:
+            await self._spooler.end()
         await self._link.heartbeat(self.heartbeat_request())  # the final totals
         await self._link.close()
 
@@ -370,6 +385,8 @@ class LeasedSource(WorkSource):
         for item in batch:
             self._results.popleft()
             self._held.pop(_key(item), None)
+        if self._spooler is not None:
+            self._spooler.note_acknowledged(len(batch))
         bad = [outcome for outcome in reply.outcomes if outcome in (Outcome.INVALID, *_NOT_OURS)]
         if bad:
             log.warning("the server refused %d of %d results: %s", len(bad), len(batch), bad[0])
