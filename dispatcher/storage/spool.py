@@ -77,6 +77,8 @@ class SpoolWriter:
         """
         with self._lock:
             directory, run = self._look()
+            if all(item.run != run for item in items):
+                raise StorageError(f"{directory.parent} is that of another run, {run}, by now")
             self._count += 1
             path = directory / f"{self._name}.{self._count}{SUFFIX}"
             try:
