@@ -85,7 +85,8 @@ class SpoolWriter:
                 count = self._write(path, items, run)
             except OSError as error:
                 raise StorageError(f"cannot write {path}: {error.strerror}") from error
-            before, self._paths = self._paths, [path]
+            *before, path = self._paths
+            self._paths = [path]
             self._remove(before)
             return count
 
