@@ -681,16 +681,16 @@ class DispatchService:
             if file is None:
                 return
             while results := await self._spool_call(file.next_results):
-                outcomes = await self.submit(results)
+                new = (await self.submit(results)).count(Outcome.ACCEPTED)
+                self.spooled_results += new
+                accepted += new
                 count += len(results)
-                accepted += outcomes.count(Outcome.ACCEPTED)
         except SpoolFileError as error:
             self._refuse_spool_file(name, error)
         else:
             if self._ownership.is_confirmed:  # else the next look, or the next owner, does it
                 await self._spool_call(self._spool.remove, name)
         finally:
-            self.spooled_results += accepted
             if file is not None:
                 self._read_thread.submit(file.close)  # behind a read that was given up
         if count:
