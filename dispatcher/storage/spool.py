@@ -58,7 +58,7 @@ class SpoolWriter:
 
     def __init__(self, server_file: Path, worker: str, files: Files | None = None) -> None:
         self._server_file = server_file.absolute()
-        name = re.sub(r"[^A-Za-z0-9._-]", "_", worker)[:_LONGEST_NAME].lstrip(".")
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", worker)[:_LONGEST_NAME].lstrip(".") or "worker"
         # Whoever has the same name, or had it before, has other files.
         self._name = f"{name}.{secrets.token_hex(4)}"
         self._files = files or Files()
