@@ -6,13 +6,21 @@ A server that cannot be reached is an answer (SERVER_UNAVAILABLE), not an except
 
 An address is HOST:PORT, a URL, or @PATH of the server's server.json (or of the state directory
 that holds it), which also has the token and is read again when the server moved.
+
+Where the fingerprint of the server's certificate is known, from that file or from the user, TLS
+is spoken with that certificate or not at all, and nothing is sent before it was shown. Who shows
+another one has a port that was the server's, so the server is away, not refusing. An https URL
+without a fingerprint leaves it to the certificate authorities that this system trusts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import http.client
 import json
+import logging
+import ssl
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -39,7 +47,13 @@ from dispatcher.models import (
     WorkItem,
     WorkStatus,
 )
-from dispatcher.server_file import check_token, read_server_file, token_given
+from dispatcher.server_file import (
+    check_token,
+    fingerprint_given,
+    fingerprint_of,
+    read_server_file,
+    token_given,
+)
 
 if TYPE_CHECKING:
     import aiohttp
@@ -56,11 +70,18 @@ one lease term (30 s unless the server is told otherwise). The call must be made
 
 _MAYBE_ELSEWHERE = (401, 404)
 _LATER = (408, 425, 429)
+_NOT_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE", "BAD_RECORD_TYPE")
+"""What OpenSSL, in its versions, says of an answer that is no TLS."""
 _WHICH_TOKEN = (
     " (is the token that of another run? give --dispatcher @STATE/server.json, or the token with "
     "--token-file or in DISPATCHER_TOKEN)"
 )
 _encode = msgspec.json.Encoder().encode
+log = logging.getLogger(__name__)
+
+
+class OtherCertificateError(OSError):
+    """Raised where a server shows another certificate than the one that is meant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,36 +110,49 @@ class Address:
     host: str
     port: int
     prefix: str
+    scheme: str = "http"
 
     @classmethod
-    def parse(cls, address: str) -> Address:
-        """Parse `host:port` or `http://host:port[/prefix]`. Raises UsageError."""
-        url = address if "://" in address else f"http://{address}"
+    def parse(cls, address: str, scheme: str = "http") -> Address:
+        """Parse `host:port`, to which `scheme` applies, or `http[s]://host:port[/prefix]`.
+
+        Raises UsageError.
+        """
+        url = address if "://" in address else f"{scheme}://{address}"
         try:
             parts = urlsplit(url)
             port = parts.port
         except ValueError:
             parts, port = urlsplit(""), None
-        if parts.scheme != "http" or not parts.hostname or port is None:
+        if parts.scheme not in ("http", "https") or not parts.hostname or port is None:
             raise UsageError(
                 f"{address!r} is not the address of a server; give HOST:PORT or @STATE/server.json"
             )
-        return cls(parts.hostname, port, parts.path.rstrip("/"))
+        return cls(parts.hostname, port, parts.path.rstrip("/"), parts.scheme)
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether TLS is spoken there."""
+        return self.scheme == "https"
 
     @property
     def url(self) -> str:
         """The server's base URL."""
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.port}{self.prefix}"
+        return f"{self.scheme}://{host}:{self.port}{self.prefix}"
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A server, and the token to show it. `is_over`: its run is complete, as it left written."""
+    """A server, and the token to show it. `is_over`: its run is complete, as it left written.
+
+    `fingerprint` is that of the one certificate it may show; there is one only with https.
+    """
 
     address: Address
     token: str | None
     is_over: bool = False
+    fingerprint: str | None = None
 
     def headers(self, call: Call[Any]) -> dict[str, str]:
         """Return the headers to send with a call."""
@@ -129,13 +163,21 @@ class Place:
 
     def is_like(self, other: Place | None) -> bool:
         """Say whether a call to the one would be the same as to the other."""
-        return other is not None and (self.address, self.token) == (other.address, other.token)
+        return other is not None and self._called() == other._called()
+
+    def _called(self) -> tuple[Address, str | None, str | None]:
+        return self.address, self.token, self.fingerprint
 
 
 class Location:
-    """Where `address` leads to now. `token` comes before the one that server.json holds."""
+    """Where `address` leads to now. `token` comes before the one that server.json holds.
 
-    def __init__(self, address: str, token: str | None) -> None:
+    `fingerprint` is for an address that is no @PATH: that file has its own.
+    """
+
+    def __init__(
+        self, address: str, token: str | None = None, fingerprint: str | None = None
+    ) -> None:
         if token is not None:
             check_token(token, "the token")
         self._token = token
@@ -144,9 +186,14 @@ class Location:
         if address.startswith("@"):
             if not address[1:]:
                 raise UsageError("'@' names no file; give @STATE/server.json")
+            if fingerprint is not None:
+                raise UsageError(
+                    f"{address} has the fingerprint of the server's certificate in it; leave "
+                    "--server-fingerprint out"
+                )
             self._path = Path(address[1:])
         else:
-            self.place = Place(Address.parse(address), token or token_given(None))
+            self.place = _place_given(address, token, fingerprint)
 
     @property
     def can_change(self) -> bool:
@@ -161,8 +208,12 @@ class Location:
             found = read_server_file(self._path)
         except OSError:
             return  # there is no server yet, or the file system is away, as a server may be
-        address = Address.parse(found.url)
-        self.place = Place(address, self._token or found.token, found.state == "complete")
+        self.place = Place(
+            Address.parse(found.url),
+            self._token or found.token,
+            found.state == "complete",
+            found.fingerprint,
+        )
 
     def is_elsewhere(self, reply: tuple[int, bytes] | None) -> bool:
         """Say whether this reply, or none, may come from the server having moved."""
@@ -178,6 +229,48 @@ class Location:
     def is_over(self) -> bool:
         """Whether server.json said, when it was last read, that the run is complete."""
         return self.place is not None and self.place.is_over
+
+    def note_failure(self, place: Place, error: BaseException | None) -> None:
+        """Say who answers in the server's place, if anybody does; who is away just is."""
+        if not place.address.is_encrypted or error is None:
+            return
+        url = place.address.url
+        if place.fingerprint is None and isinstance(error, ssl.SSLCertVerificationError):
+            _say_once(
+                f"this system does not trust the certificate of {url} ({error.verify_message}), "
+                "so nothing was sent to it; give --dispatcher @STATE/server.json, or the "
+                "certificate's SHA-256 fingerprint with --server-fingerprint or in "
+                "DISPATCHER_FINGERPRINT"
+            )
+        elif isinstance(error, OtherCertificateError):
+            named = f"{self._path} names" if self._path is not None else "was given"
+            _say_once(
+                f"{url} shows another certificate than the one whose fingerprint {named}, so it "
+                "is not this run's server and was sent nothing; waiting for the server"
+            )
+        elif isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS:
+            _say_once(
+                f"{url} does not speak TLS, so it is not this run's server and was sent nothing; "
+                "waiting for the server"
+            )
+
+
+def _place_given(address: str, token: str | None, fingerprint: str | None) -> Place:
+    """Return the place that a user named without a server.json. Raises UsageError."""
+    fingerprint = fingerprint_given(fingerprint)
+    parsed = Address.parse(address, "https" if fingerprint is not None else "http")
+    if fingerprint is not None and not parsed.is_encrypted:
+        raise UsageError(
+            f"{address} is not encrypted, although the fingerprint of its certificate is given "
+            "(--server-fingerprint or DISPATCHER_FINGERPRINT); write https:// or leave that out"
+        )
+    return Place(parsed, token or token_given(None), fingerprint=fingerprint)
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(sentence: str) -> None:
+    # Once in a process: a worker has two clients, which meet the same stranger again and again.
+    log.warning("%s", sentence)
 
 
 class Wire:
@@ -304,12 +397,44 @@ def _encode_lone_surrogates_too(body: msgspec.Struct) -> bytes:
         return json.dumps(msgspec.to_builtins(body)).encode("ascii")
 
 
+class _PinnedConnection(http.client.HTTPSConnection):
+    """A connection on which nothing is sent before the one right certificate was shown."""
+
+    def __init__(self, host: str, port: int, fingerprint: str) -> None:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        # Who signed it does not matter, nor for which name: it is this one or none.
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+        super().__init__(host, port, context=context)
+        self._fingerprint = fingerprint
+
+    def connect(self) -> None:
+        """Connect, and hang up on another certificate. Raises OtherCertificateError."""
+        super().connect()
+        shown = self.sock.getpeercert(binary_form=True)
+        if shown is None or fingerprint_of(shown) != self._fingerprint:
+            self.close()
+            raise OtherCertificateError("another certificate")
+
+
+def _connection_to(place: Place) -> http.client.HTTPConnection:
+    address = place.address
+    if place.fingerprint is not None:
+        return _PinnedConnection(address.host, address.port, place.fingerprint)
+    if address.is_encrypted:
+        context = ssl.create_default_context()
+        return http.client.HTTPSConnection(address.host, address.port, context=context)
+    return http.client.HTTPConnection(address.host, address.port)
+
+
 class WorkClient:
     """Synchronous client; safe to share between threads (calls wait for each other).
 
-    `token` is needed unless the address is @PATH or DISPATCHER_TOKEN holds it. Calls raise
-    AccessDeniedError when the server wants another one, and UsageError when PATH cannot be
-    trusted.
+    `token` is needed unless the address is @PATH or DISPATCHER_TOKEN holds it; `fingerprint`, the
+    SHA-256 of the server's certificate, where the server speaks TLS with one of its own, unless
+    the address is @PATH or DISPATCHER_FINGERPRINT holds it. Calls raise AccessDeniedError when
+    the server wants another token, and UsageError when PATH cannot be trusted.
     """
 
     def __init__(
@@ -318,9 +443,10 @@ class WorkClient:
         worker: str | None = None,
         *,
         token: str | None = None,
+        fingerprint: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        self._location = Location(address, token)
+        self._location = Location(address, token, fingerprint)
         self._worker = worker
         self._wire = Wire(timeout_s)
         self._connection: http.client.HTTPConnection | None = None
@@ -390,9 +516,10 @@ class WorkClient:
         for is_fresh in (self._connection is None, True):
             try:
                 return self._exchange(call, place)
-            except (OSError, http.client.HTTPException, ValueError, OverflowError):
+            except (OSError, http.client.HTTPException, ValueError, OverflowError) as error:
                 # The last two: a length in the reply that is no length.
                 self._drop_connection()
+                self._location.note_failure(place, error)
                 if is_fresh:
                     break
         return None
@@ -400,7 +527,7 @@ class WorkClient:
     def _exchange(self, call: Call[Any], place: Place) -> tuple[int, bytes]:
         address = place.address
         if self._connection is None:
-            self._connection = http.client.HTTPConnection(address.host, address.port)
+            self._connection = _connection_to(place)
         connection = self._connection
         connection.timeout = call.timeout_s
         if connection.sock is not None:
@@ -419,7 +546,7 @@ class WorkClient:
 class AsyncWorkClient:
     """Asynchronous client on aiohttp; proxy variables never apply to the dispatcher.
 
-    `token`, and what calls raise, is as for WorkClient.
+    `token`, `fingerprint` and what calls raise is as for WorkClient.
     """
 
     def __init__(
@@ -428,12 +555,14 @@ class AsyncWorkClient:
         worker: str | None = None,
         *,
         token: str | None = None,
+        fingerprint: str | None = None,
         timeout_s: float = DEFAULT_TIMEOUT_S,
     ) -> None:
-        self._location = Location(address, token)
+        self._location = Location(address, token, fingerprint)
         self._worker = worker
         self._wire = Wire(timeout_s)
         self._session: aiohttp.ClientSession | None = None
+        self._trust: tuple[Place, ssl.SSLContext | aiohttp.Fingerprint | bool] | None = None
 
     async def get_work(self, batch_size: int = 1, wait_s: float = 0.0) -> BatchWorkResponse:
         """Ask for up to `batch_size` items; with `wait_s`, wait so long for the first."""
@@ -499,9 +628,30 @@ class AsyncWorkClient:
                 place.address.url + call.path,
                 data=call.body,
                 headers=place.headers(call),
+                ssl=self._trusted(place),
                 timeout=aiohttp.ClientTimeout(total=call.timeout_s, connect=10.0),
                 allow_redirects=False,
             ) as reply:
                 return reply.status, await reply.read()
-        except (TimeoutError, aiohttp.ClientError, OSError):
+        except aiohttp.ServerFingerprintMismatch:
+            self._location.note_failure(place, OtherCertificateError("another certificate"))
             return None
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            self._location.note_failure(place, error.__cause__)
+            return None
+
+    def _trusted(self, place: Place) -> ssl.SSLContext | aiohttp.Fingerprint | bool:
+        """Return what aiohttp is to check before it sends anything; the same for the same place.
+
+        It keeps connections by that, and by where they lead.
+        """
+        import aiohttp
+
+        if self._trust is None or not place.is_like(self._trust[0]):
+            what: ssl.SSLContext | aiohttp.Fingerprint | bool = True
+            if place.fingerprint is not None:
+                what = aiohttp.Fingerprint(bytes.fromhex(place.fingerprint))
+            elif place.address.is_encrypted:
+                what = ssl.create_default_context()
+            self._trust = (place, what)
+        return self._trust[1]

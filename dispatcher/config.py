@@ -168,7 +168,8 @@ def _set_default(
 ) -> None:
     is_switch = action.nargs == 0
     word = {True: "on", False: "off"}.get(value) if isinstance(value, bool) else None
-    if word is not None and action.choices is not None and word in action.choices:
+    words = action.choices if action.choices is not None else str(action.metavar).split("|")
+    if word is not None and word in words:
         value = word  # YAML takes the words for truth values
     if is_switch != isinstance(value, bool):
         kind = "true or false" if is_switch else "a value"

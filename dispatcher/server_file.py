@@ -1,5 +1,8 @@
 """`<state>/server.json`: where a run is served and the token for it; and files that hold a token.
 
+Where the server speaks TLS, the file also has the SHA-256 fingerprint of its certificate: the
+client that reads it talks to that certificate and to no other.
+
 Who can read such a file may take work and hand in results, so it is written for its owner alone
 and is not believed when somebody else could have read or written it.
 """
@@ -7,7 +10,9 @@ and is not believed when somebody else could have read or written it.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import re
 import secrets
 import stat
 from pathlib import Path
@@ -19,7 +24,10 @@ from dispatcher.storage.files import Files
 
 SERVER_FILE = "server.json"
 ADMIN_TOKEN_FILE = "admin.token"
+CERTIFICATE_FILE = "tls.pem"
+"""The server's own private key and certificate."""
 TOKEN_VARIABLE = "DISPATCHER_TOKEN"
+FINGERPRINT_VARIABLE = "DISPATCHER_FINGERPRINT"
 
 _TOKEN_BYTES = 32
 _TOKEN_LENGTHS = (16, 1024)
@@ -30,7 +38,8 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 class ServerFile(msgspec.Struct):
     """What server.json holds; `token` is None when the server asks for none.
 
-    `state` is `running`, `complete` or `stopped`.
+    `state` is `running`, `complete` or `stopped`. `fingerprint` is that of the server's
+    certificate, None where `url` is not https.
     """
 
     url: str
@@ -39,6 +48,7 @@ class ServerFile(msgspec.Struct):
     epoch: int
     pid: int
     state: str
+    fingerprint: str | None = None
 
 
 def server_file_in(state_dir: Path) -> Path:
@@ -55,16 +65,22 @@ def read_server_file(path: Path) -> ServerFile:
     if path.is_dir():
         path = server_file_in(path)
     remedy = "remove it, and a server that is started again writes it anew"
-    content = _read_private(path, remedy)
+    content = read_private(path, remedy)
     try:
         found = msgspec.json.decode(content, type=ServerFile)
         if found.token is not None:
             check_token(found.token, f"the token in {path}")
-        return found
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path} is not the server.json of a dispatcher server ({error}); {remedy}"
         ) from error
+    if found.fingerprint is not None:
+        found.fingerprint = check_fingerprint(found.fingerprint, f"the fingerprint in {path}")
+        if not found.url.startswith("https://"):
+            raise UsageError(
+                f"{path} names a certificate, but its url {found.url} is not https; {remedy}"
+            )
+    return found
 
 
 def write_server_file(path: Path, content: ServerFile, files: Files | None = None) -> None:
@@ -84,7 +100,7 @@ def write_private(path: Path, content: bytes, files: Files | None = None) -> Non
 
 def remove_partial_files(state_dir: Path) -> None:
     """Remove what a process that died while it wrote one of these files left behind."""
-    for name in (SERVER_FILE, ADMIN_TOKEN_FILE):
+    for name in (SERVER_FILE, ADMIN_TOKEN_FILE, CERTIFICATE_FILE):
         for partial in state_dir.glob(f".{name}.*.tmp"):
             with contextlib.suppress(OSError):
                 partial.unlink()
@@ -100,7 +116,7 @@ def read_token_file(path: Path) -> str:
 
     Raises FileNotFoundError, OSError, and UsageError with what is wrong and what to do.
     """
-    content = _read_private(path, "write a new token to a new file")
+    content = read_private(path, "write a new token to a new file")
     return check_token(content.decode("ascii", "replace").strip(), f"the token in {path}")
 
 
@@ -129,7 +145,40 @@ def check_token(token: str, name: str) -> str:
     return token
 
 
-def _read_private(path: Path, remedy: str) -> bytes:
+def fingerprint_of(certificate: bytes) -> str:
+    """Return the SHA-256 fingerprint of a certificate (DER): 64 small hexadecimal digits."""
+    return hashlib.sha256(certificate).hexdigest()
+
+
+def fingerprint_given(fingerprint: str | None) -> str | None:
+    """Return the fingerprint a user gave: this one, else that in DISPATCHER_FINGERPRINT, or None.
+
+    Raises UsageError.
+    """
+    if fingerprint is not None:
+        return check_fingerprint(fingerprint, "the fingerprint of the server's certificate")
+    from_variable = os.environ.get(FINGERPRINT_VARIABLE)
+    return check_fingerprint(from_variable, FINGERPRINT_VARIABLE) if from_variable else None
+
+
+def check_fingerprint(text: str, name: str) -> str:
+    """Return a fingerprint as `fingerprint_of` writes it, from any way tools print one.
+
+    Raises UsageError.
+    """
+    digits = re.sub(r"^sha-?256( fingerprint)?[=:]", "", text.strip().lower()).replace(":", "")
+    if not re.fullmatch(r"[0-9a-f]{64}", digits):
+        raise UsageError(
+            f"{name} must be a SHA-256 fingerprint, 64 hexadecimal digits, not {text[:80]!r}"
+        )
+    return digits
+
+
+def read_private(path: Path, remedy: str) -> bytes:
+    """Return the content of a small file of this user that nobody else can read or change.
+
+    Raises FileNotFoundError, OSError, and UsageError with what is wrong and the `remedy`.
+    """
     try:
         # Not blocking, so that a pipe in the file's place is refused and not waited for.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -149,7 +198,7 @@ def _read_private(path: Path, remedy: str) -> bytes:
             raise UsageError(f"{path} belongs to another user; {remedy}")
         if found.st_mode & _OTHERS:
             raise UsageError(
-                f"{path} holds a token that others can read or change (its mode is "
+                f"{path} holds a secret that others can read or change (its mode is "
                 f"{stat.S_IMODE(found.st_mode):04o}); {remedy}, or chmod 600 it if nobody did"
             )
         return os.read(fd, _LONGEST_FILE_BYTES)

@@ -399,7 +399,8 @@ def build_parser() -> argparse.ArgumentParser:
         required=True,
         metavar="ADDRESS",
         help="the dispatcher server: @STATE/server.json, or HOST:PORT or a URL with the token in "
-        "the variable DISPATCHER_TOKEN",
+        "the variable DISPATCHER_TOKEN and the fingerprint of its certificate, if it speaks TLS, "
+        "in DISPATCHER_FINGERPRINT",
     )
     add(
         "--batch_size",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import ssl
 from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
@@ -75,8 +76,10 @@ def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -
     return app
 
 
-async def listen(app: web.Application, gate: Gate, listener: socket.socket) -> web.AppRunner:
-    """Accept the calls that `gate` lets through, until `stop_listening`."""
+async def listen(
+    app: web.Application, gate: Gate, listener: socket.socket, tls: ssl.SSLContext | None = None
+) -> web.AppRunner:
+    """Accept the calls that `gate` lets through, over TLS if given, until `stop_listening`."""
     app[GATE] = gate
     connections = app[CONNECTIONS]
     http_log = logging.getLogger(f"{__name__}.http")
@@ -99,7 +102,7 @@ async def listen(app: web.Application, gate: Gate, listener: socket.socket) -> w
     server = runner.server
     assert server is not None
     server.request_handler = FrontDoor(server.request_handler, gate, connections)
-    await connections.start(server, listener)
+    await connections.start(server, listener, tls)
     return runner
 
 

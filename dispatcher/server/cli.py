@@ -27,9 +27,11 @@ from dispatcher.run_command import (
     resume_hint,
     take_handed_over,
 )
+from dispatcher.server import tls
 from dispatcher.server.access import Gate
 from dispatcher.server.app import listen, make_app, stop_listening
 from dispatcher.server.connections import ConnectionLimits, raise_file_limit
+from dispatcher.server.tls import Tls
 from dispatcher.server_file import (
     ADMIN_TOKEN_FILE,
     ServerFile,
@@ -53,13 +55,24 @@ DRAIN_S = 20.0
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """How the run is served. `token` is the one that the user gave, if any."""
+    """How the run is served. `token` is the one that the user gave, if any.
+
+    With `speaks_tls` it is with the certificate that the user gave, else with the run's own.
+    """
 
     host: str
     listener: socket.socket
     needs_token: bool
     token: str | None
     limits: ConnectionLimits
+    speaks_tls: bool = False
+    given_tls: Tls | None = None
+
+    @property
+    def url(self) -> str:
+        """Where clients reach it."""
+        scheme = "https" if self.speaks_tls else "http"
+        return f"{scheme}://{_reachable(self.host)}:{self.listener.getsockname()[1]}"
 
 
 @dataclass(slots=True)
@@ -134,6 +147,16 @@ def build_parser() -> Parser:
         help="ask for no token: everybody who reaches the port may take work and hand in results",
     )
     wire.add_argument(
+        "--tls",
+        type=tls.option,
+        default=tls.AUTO,
+        metavar=tls.OPTION_FORMS,
+        help="encrypt: auto does where --host is not loopback, with --no-auth too; on and auto "
+        "use a certificate that the server makes for the run, whose fingerprint clients find in "
+        "STATE/server.json; CERT,KEY are PEM files of another one. Older clients, which speak "
+        "plain HTTP, need off",
+    )
+    wire.add_argument(
         "--max-connections",
         type=number(int, 1, 1 << 20),
         default=ConnectionLimits().max_connections,
@@ -153,9 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         settings, args = _read(argv)
         token = None if args.no_auth else token_given(args.token_file)
+        given = tls.given_tls(args.tls)
         limits = _limits(args.max_connections)
         with _listen(args.host, args.port) as listener:
-            network = Network(args.host, listener, not args.no_auth, token, limits)
+            speaks_tls = tls.is_wanted(args.tls, listener.getsockname()[0])
+            network = Network(
+                args.host, listener, not args.no_auth, token, limits, speaks_tls, given
+            )
             note_start(settings)
             ownership = Ownership(settings.state_dir, Files(), takeover=args.takeover)
             return uvloop.run(serve(settings, network, ownership))
@@ -211,10 +238,15 @@ async def serve(settings: RunSettings, network: Network, ownership: Ownership) -
     try:
         await service.start()
         admin_token = _admin_token(settings) if token is not None else None
+        encryption = network.given_tls
+        if network.speaks_tls and encryption is None:
+            encryption = await asyncio.to_thread(tls.own_tls, settings.state_dir)
         # Before the first call is answered: a worker that finds its token refused looks here.
-        announcement = _announce(service, network, token)
+        fingerprint = encryption.fingerprint if encryption is not None else None
+        announcement = _announce(service, network, token, fingerprint)
         app = make_app(service, network.limits)
-        runner = await listen(app, Gate(token, admin_token), network.listener)
+        context = encryption.context if encryption is not None else None
+        runner = await listen(app, Gate(token, admin_token), network.listener, context)
         try:
             _print_start(service, announcement)
             return await _serve_until_end(service, announcement, stop)
@@ -255,16 +287,19 @@ def _admin_token(settings: RunSettings) -> str:
     return token
 
 
-def _announce(service: DispatchService, network: Network, token: str | None) -> Announcement:
+def _announce(
+    service: DispatchService, network: Network, token: str | None, fingerprint: str | None
+) -> Announcement:
     """Write server.json; without it, nobody could know a token that nobody gave.
 
     Raises StorageError, and UsageError when something else stands in its place.
     """
     state_dir = service.settings.state_dir
     remove_partial_files(state_dir)
-    url = f"http://{_reachable(network.host)}:{network.listener.getsockname()[1]}"
     state = "complete" if service.finished.is_set() else "running"
-    content = ServerFile(url, token, service.run_id, service.epoch, os.getpid(), state)
+    content = ServerFile(
+        network.url, token, service.run_id, service.epoch, os.getpid(), state, fingerprint
+    )
     announcement = Announcement(server_file_in(state_dir), content)
     try:
         announcement.write(state)
@@ -292,7 +327,16 @@ def _print_start(service: DispatchService, announcement: Announcement) -> None:
         )
     else:
         print(
-            "  --no-auth: everybody who reaches this port may take work and hand in results",
+            "  --no-auth: everybody who reaches this port may take work and hand in results; "
+            f"workers connect with --dispatcher @{announcement.path}",
+            flush=True,
+        )
+    if content.fingerprint is not None:
+        wanted = " and the token" if content.token is not None else ""
+        print(
+            f"  TLS: without that file, workers need --dispatcher {content.url} "
+            f"--server-fingerprint {content.fingerprint}{wanted}; older clients, which speak "
+            "plain HTTP, need a server with --tls off",
             flush=True,
         )
     print(f"  {settings.infile} -> {settings.outfile}", flush=True)

@@ -85,6 +85,14 @@ def build_parser() -> Parser:
         help="file with the server's token (default: the one in server.json, if that is named, "
         "else the variable DISPATCHER_TOKEN)",
     )
+    source.add_argument(
+        "--server-fingerprint",
+        metavar="SHA256",
+        help="SHA-256 fingerprint of the certificate of a server that speaks TLS, without which "
+        "nothing is sent to it (default: the one in server.json, if that is named, else the "
+        "variable DISPATCHER_FINGERPRINT; without any, a server at https:// must have a "
+        "certificate that this system trusts)",
+    )
     source.add_argument("--input", type=Path, metavar="FILE", help="file mode: input")
     source.add_argument("--output", type=Path, metavar="FILE", help="file mode: output")
     source.add_argument(
@@ -297,6 +305,7 @@ async def _run_manager(
             task_class,
             worker=worker,
             token=_token(args),
+            fingerprint=args.server_fingerprint,
             model=backends.first.model,
             batch_size=_batch_size(args, backends),
             server_timeout_s=args.server_timeout,

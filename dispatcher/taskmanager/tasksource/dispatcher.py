@@ -44,8 +44,11 @@ class Heartbeats:
         describe: Callable[[], HeartbeatRequest],
         on_reply: Callable[[HeartbeatResponse], None],
         on_refusal: Callable[[DispatcherError], None],
+        fingerprint: str | None = None,
     ) -> None:
-        self._client = WorkClient(address, token=token, timeout_s=_HEARTBEAT_TIMEOUT_S)
+        self._client = WorkClient(
+            address, token=token, fingerprint=fingerprint, timeout_s=_HEARTBEAT_TIMEOUT_S
+        )
         self._describe = describe
         self._on_reply = on_reply
         self._on_refusal = on_refusal
@@ -115,8 +118,9 @@ class DispatcherTaskSource(LeasedSource):
         server_timeout_s: float,
         backend_up: Callable[[], bool],
         stats: Callable[[], WorkerStats],
+        fingerprint: str | None = None,
     ) -> None:
-        self._client = AsyncWorkClient(address, worker, token=token)
+        self._client = AsyncWorkClient(address, worker, token=token, fingerprint=fingerprint)
         super().__init__(
             self._client,
             task_class,
@@ -130,7 +134,7 @@ class DispatcherTaskSource(LeasedSource):
             spool=SpoolWriter(Path(address[1:]), worker) if address.startswith("@") else None,
         )
         self._heartbeats = Heartbeats(
-            address, token, self.heartbeat_request, self.take_verdict, self._fail
+            address, token, self.heartbeat_request, self.take_verdict, self._fail, fingerprint
         )
 
     async def is_over(self) -> bool:
