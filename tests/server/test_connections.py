@@ -16,10 +16,28 @@ from dispatcher.models import WorkItem, WorkStatus
 from dispatcher.server import connections
 from dispatcher.server.access import BODY_BYTES, Gate
 from dispatcher.server.connections import ConnectionLimits, raise_file_limit
+from dispatcher.server.tls import Tls, own_tls
+from tests.support import serving
 from tests.support.serving import LONG_S, QUICK, SOON_S, Running, head, run
 
 TOKEN = "t" * 43
 HEALTH = head("GET", "/healthz")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Tls:
+    return own_tls(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(autouse=True, params=["plain", "tls"])
+def spoken(
+    request: pytest.FixtureRequest, certificate: Tls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run every test of this file without TLS and with it."""
+    if request.param == "tls":
+        monkeypatch.setattr(serving, "TLS", certificate)
+        monkeypatch.setenv("DISPATCHER_FINGERPRINT", certificate.fingerprint)
+
 
 # --- time ---------------------------------------------------------------------------------------
 

@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from dispatcher.config import RunSettings
 from dispatcher.server.access import Gate
 from dispatcher.server.app import CONNECTIONS, listen, make_app, stop_listening
 from dispatcher.server.connections import ConnectionLimits
+from dispatcher.server.tls import Tls
 from dispatcher.service import DispatchService
 
+TLS: Tls | None = None
+"""What the servers speak; a file of tests sets it to run all of them with TLS as well."""
 QUICK = ConnectionLimits(header_s=0.4, body_s=0.4, idle_s=0.4, linger_s=0.2)
 SOON_S = 3.0
 """Far above every limit of QUICK, as the machine may be busy."""
@@ -31,9 +37,12 @@ def head(method: str, path: str, *headers: str) -> bytes:
 class Running:
     """A server in this process."""
 
-    def __init__(self, port: int, open_connections: Callable[[], int]) -> None:
+    def __init__(
+        self, port: int, open_connections: Callable[[], int], tls: Tls | None = None
+    ) -> None:
         self.port = port
         self.open_connections = open_connections
+        self._tls = tls
 
     @property
     def address(self) -> str:
@@ -55,6 +64,18 @@ class Running:
             peer.close()
 
     async def connect(self) -> Peer:
+        """Connect, and speak TLS if the server does; one that hangs up on that is read as such."""
+        if self._tls is None:
+            return await self.connect_plainly()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        try:
+            return Peer(*await asyncio.open_connection("127.0.0.1", self.port, ssl=context))
+        except OSError:
+            return await self.connect_plainly()
+
+    async def connect_plainly(self) -> Peer:
+        """Connect, and leave it to the caller what is spoken."""
         return Peer(*await asyncio.open_connection("127.0.0.1", self.port))
 
 
@@ -121,9 +142,10 @@ async def serving(
     await service.start()
     listener = socket.create_server(("127.0.0.1", 0))
     app = make_app(service, limits)
-    runner = await listen(app, gate or Gate(), listener)
+    tls = TLS
+    runner = await listen(app, gate or Gate(), listener, tls.context if tls else None)
     try:
-        yield Running(listener.getsockname()[1], lambda: len(app[CONNECTIONS]))
+        yield Running(listener.getsockname()[1], lambda: len(app[CONNECTIONS]), tls)
     finally:
         await stop_listening(runner)
         await service.close()
@@ -147,4 +169,7 @@ def run(
         async with serving(directory, limits, gate) as server:
             await scenario(server)
 
-    asyncio.run(asyncio.wait_for(whole(), deadline_s))
+    # With TLS, on the loop that the server command uses: what it does there is its own.
+    loop_factory = uvloop.new_event_loop if TLS is not None else None
+    with asyncio.Runner(loop_factory=loop_factory) as runner:
+        runner.run(asyncio.wait_for(whole(), deadline_s))
