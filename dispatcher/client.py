@@ -68,7 +68,8 @@ When that is lost nobody knows the new leases, and no heartbeat names them, so t
 one lease term (30 s unless the server is told otherwise). The call must be made again before.
 """
 
-_MAYBE_ELSEWHERE = (401, 404)
+_SPEAKS_TLS = 426
+_MAYBE_ELSEWHERE = (401, 404, _SPEAKS_TLS)
 _LATER = (408, 425, 429)
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE", "BAD_RECORD_TYPE")
 """What OpenSSL, in its versions, says of an answer that is no TLS."""
@@ -373,6 +374,8 @@ def decode_reply(call: Call[R], status: int, body: bytes) -> R:
     what = f"{call.method} {call.path}"
     if status in (401, 403):
         raise AccessDeniedError(f"the server refused {what}: {_sentence(body)}{_WHICH_TOKEN}")
+    if status == _SPEAKS_TLS:
+        raise AccessDeniedError(f"the server refused {what}: {_sentence(body)}")
     if status >= 400:
         raise BadRequestError(f"the server refused {what}: {_sentence(body)}")
     try:

@@ -11,7 +11,7 @@ DispatcherError                 exit code 1
 │   ├── StorageFullError        nothing was changed; the same call may succeed later (507)
 │   └── SyncFailedError         a sync failed: what is on disk is unknown, the process must end
 ├── BadRequestError             a client sent something the protocol does not allow (400)
-├── AccessDeniedError           a server wants another token than it was shown (401, 403)
+├── AccessDeniedError           a server wants another token, or TLS (401, 403, 426)
 ├── BackendError                a model server cannot be started or used
 │   ├── BackendRefusalError     it refuses whatever this run asks: starting again is in vain
 │   │   └── AuthenticationError   it refused the API key (401)
@@ -89,7 +89,7 @@ class BadRequestError(DispatcherError):
 
 
 class AccessDeniedError(DispatcherError):
-    """A server was shown no token, or not the one that it wants."""
+    """A server was shown no token, or not the one that it wants, or was not spoken TLS to."""
 
 
 class BackendError(DispatcherError):

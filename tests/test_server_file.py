@@ -12,6 +12,9 @@ import pytest
 from dispatcher.errors import UsageError
 from dispatcher.server_file import (
     ServerFile,
+    check_fingerprint,
+    fingerprint_given,
+    fingerprint_of,
     new_token,
     read_server_file,
     read_token_file,
@@ -167,6 +170,72 @@ def test_fields_of_later_versions_do_no_harm(tmp_path: Path) -> None:
     assert read_server_file(tmp_path).url == "u"
 
 
+# --- fingerprints -------------------------------------------------------------------------------
+
+DIGITS = fingerprint_of(b"a certificate")
+PAIRS = ":".join(DIGITS[place : place + 2] for place in range(0, 64, 2))
+
+
+def test_a_fingerprint_stands_beside_an_https_url(tmp_path: Path) -> None:
+    written = ServerFile("https://host:1", TOKEN, "run", 3, 77, "running", PAIRS.upper())
+    write_server_file(tmp_path / "server.json", written)
+    assert read_server_file(tmp_path).fingerprint == DIGITS
+
+
+@pytest.mark.parametrize(
+    ("url", "fingerprint", "said"),
+    [
+        ("http://host:1", DIGITS, "its url http://host:1 is not https"),
+        ("host:1", DIGITS, "is not https"),
+        ("https://host:1", "", "64 hexadecimal digits"),
+        ("https://host:1", DIGITS[:-1], "64 hexadecimal digits"),
+    ],
+)
+def test_a_fingerprint_that_would_not_be_looked_at_is_refused(
+    url: str, fingerprint: str, said: str, tmp_path: Path
+) -> None:
+    written = ServerFile(url, TOKEN, "run", 3, 77, "running", fingerprint)
+    write_server_file(tmp_path / "server.json", written)
+    with pytest.raises(UsageError, match=said) as caught:
+        read_server_file(tmp_path)
+    assert str(tmp_path / "server.json") in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        DIGITS,
+        DIGITS.upper(),
+        PAIRS,
+        f" {PAIRS.upper()}\n",
+        f"SHA256 Fingerprint={PAIRS.upper()}",
+        f"sha256 Fingerprint={PAIRS.upper()}",
+        f"SHA-256:{DIGITS}",
+        f"sha256:{DIGITS}",
+    ],
+)
+def test_a_fingerprint_is_read_in_any_way_tools_print_one(text: str) -> None:
+    assert check_fingerprint(text, "it") == DIGITS
+
+
+def test_a_fingerprint_is_taken_from_the_environment_if_none_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("DISPATCHER_FINGERPRINT", raising=False)
+    assert fingerprint_given(None) is None
+    monkeypatch.setenv("DISPATCHER_FINGERPRINT", "")
+    assert fingerprint_given(None) is None
+    monkeypatch.setenv("DISPATCHER_FINGERPRINT", PAIRS)
+    assert fingerprint_given(None) == DIGITS
+    assert fingerprint_given("0" * 64) == "0" * 64
+    monkeypatch.setenv("DISPATCHER_FINGERPRINT", "no digits")
+    with pytest.raises(UsageError, match="DISPATCHER_FINGERPRINT must be"):
+        fingerprint_given(None)
+
+
+# --- tokens -------------------------------------------------------------------------------------
+
+
 def test_tokens_have_256_bits_and_are_never_the_same() -> None:
     tokens = {new_token() for _ in range(100)}
     assert len(tokens) == 100
@@ -221,5 +290,6 @@ def test_what_a_killed_server_left_half_written_is_removed(tmp_path: Path) -> No
     write_server_file(tmp_path / "server.json", content())
     (tmp_path / ".server.json.00ff.tmp").write_text("half")
     (tmp_path / ".admin.token.00ff.tmp").write_text("half")
+    (tmp_path / ".tls.pem.00ff.tmp").write_text("half")
     remove_partial_files(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["server.json"]

@@ -46,7 +46,7 @@ _TLS_HANDSHAKE = 0x16
 _GOODBYE_S = 3600.0
 """For what is unsent and the end of TLS; the limits end it long before."""
 _NOT_TLS = (
-    "this server speaks TLS, and nothing of a call without it is read; give --dispatcher "
+    "this server speaks TLS and reads nothing of a call without it; give --dispatcher "
     "@STATE/server.json, or https://HOST:PORT with the SHA-256 fingerprint of the server's "
     "certificate, which it says at its start, in --server-fingerprint or DISPATCHER_FINGERPRINT"
 )
@@ -276,7 +276,7 @@ class Arrival(asyncio.Protocol):
         self._deadline = self._connections.clock() + self._limits.linger_s
         body = json.dumps({"status": "error", "message": _NOT_TLS}).encode()
         head = (
-            "HTTP/1.1 401 Unauthorized\r\nWWW-Authenticate: Bearer\r\nConnection: close\r\n"
+            "HTTP/1.1 426 Upgrade Required\r\nUpgrade: TLS/1.2\r\nConnection: Upgrade, close\r\n"
             f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
         self._transport.write(head.encode("ascii") + body)
