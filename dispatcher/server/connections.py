@@ -349,7 +349,8 @@ class Connections:
         while True:
             await asyncio.sleep(pause_s)
             now = self.clock()
-            for connection in (*self.open.values(), *self._arriving):
+            looked_at: list[Connection | Arrival] = [*self.open.values(), *self._arriving]
+            for connection in looked_at:
                 connection.look(now)
 
 
@@ -360,7 +361,7 @@ def _feed(protocol: asyncio.BaseProtocol, data: bytes) -> None:
         return
     receiver = cast(asyncio.BufferedProtocol, protocol)
     while data:
-        buffer = receiver.get_buffer(len(data))
+        buffer = memoryview(receiver.get_buffer(len(data)))
         part = data[: len(buffer)]
         buffer[: len(part)] = part
         receiver.buffer_updated(len(part))

@@ -89,7 +89,7 @@ def given_tls(choice: str) -> Tls | None:
     try:
         return _load(text, certificate, key)
     except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
+        if error.reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH"):
             problem = f"the key {key} is not that of the certificate {certificate}"
         else:
             problem = f"{certificate} and {key} cannot be used ({_reason(error)})"

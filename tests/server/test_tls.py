@@ -386,7 +386,7 @@ def test_a_certificate_that_the_system_trusts_needs_no_fingerprint(
         assert states(send(address, every, token=TOKEN)) == [AWAY] * 5
         assert script.calls == []
         (record,) = caplog.records
-        assert f"does not trust the certificate of {address} (self-signed" in record.getMessage()
+        assert f"does not trust the certificate of {address} (self" in record.getMessage()
         assert "--server-fingerprint" in record.getMessage()
         # And then it is
         monkeypatch.setenv("SSL_CERT_FILE", str(files_given / "cert.pem"))
@@ -477,10 +477,10 @@ def test_a_squatter_gets_neither_token_nor_prompt(
     with squatting(kind, theirs) as squatter:
         if known_by == "server.json":
             announce(tmp_path / "server.json", squatter.address, ours.fingerprint)
-            replies = send(f"@{tmp_path}", every, timeout_s=0.5)
+            replies = send(f"@{tmp_path}", every, timeout_s=0.4)
         else:
             words = {"token": TOKEN, "fingerprint": ours.fingerprint}
-            replies = send(squatter.address, every, **words, timeout_s=0.5)
+            replies = send(squatter.address, every, **words, timeout_s=0.4)
     assert states(replies) == [AWAY] * 5
     assert squatter.met >= 5
     for secret in (TOKEN, PROMPT, ANSWER, "HTTP/1.1", "Authorization"):
@@ -645,6 +645,12 @@ def test_a_handshake_that_comes_in_drops_has_no_more_time(with_tls: Tls, tmp_pat
     run(tmp_path, scenario)
 
 
+def received(connection: socket.socket) -> bytes:
+    data = connection.recv(1 << 16)
+    assert data, "the server hung up"
+    return data
+
+
 @pytest.mark.parametrize("cuts", [[], [1], [5, 60], [3, 9, 200]])
 def test_a_handshake_may_arrive_in_pieces(cuts: list[int], with_tls: Tls, tmp_path: Path) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -667,7 +673,7 @@ def test_a_handshake_may_arrive_in_pieces(cuts: list[int], with_tls: Tls, tmp_pa
                     for begin, end in pairwise(places):
                         connection.sendall(said[begin:end])
                         time.sleep(0.02)
-                    incoming.write(connection.recv(1 << 16))
+                    incoming.write(received(connection))
             # The first request comes together with the end of the handshake
             speaking.write(head("GET", "/healthz"))
             connection.sendall(outgoing.read())
@@ -675,7 +681,7 @@ def test_a_handshake_may_arrive_in_pieces(cuts: list[int], with_tls: Tls, tmp_pa
                 try:
                     return speaking.read(1 << 16)
                 except ssl.SSLWantReadError:
-                    incoming.write(connection.recv(1 << 16))
+                    incoming.write(received(connection))
 
     async def scenario(server: Running) -> None:
         assert b"200 OK" in await asyncio.to_thread(ask, server.port)
