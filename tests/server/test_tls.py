@@ -411,15 +411,12 @@ class Squatter:
         self._context = context
         self._listener = socket.create_server(("127.0.0.1", port))
         self._listener.settimeout(0.05)
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
         self._ends = threading.Event()
         self._threads: list[threading.Thread] = []
         self.heard = b""
         self.met = 0
         self._start(self._accept)
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self._listener.getsockname()[1]}"
 
     def close(self) -> None:
         """Return once nothing more can be heard."""
@@ -880,7 +877,7 @@ def test_without_tokens_there_is_tls_too(tmp_path: Path) -> None:
         text = "\n".join(start_lines(server))
         assert f"--dispatcher @{server.state_file}" in text
         assert "--server-fingerprint" in text
-        assert "token" not in text
+        assert "and the token" not in text
         with WorkClient(server.at) as client:
             assert client.get_work().status is WorkStatus.OK
 
