@@ -67,16 +67,25 @@ class Running:
         """Connect, and speak TLS if the server does; one that hangs up on that is read as such."""
         if self._tls is None:
             return await self.connect_plainly()
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         try:
-            return Peer(*await asyncio.open_connection("127.0.0.1", self.port, ssl=context))
+            return Peer(*await asyncio.open_connection("127.0.0.1", self.port, ssl=_trusting()))
         except OSError:
             return await self.connect_plainly()
+
+    def connect_blocking(self) -> socket.socket:
+        """Connect without asyncio, and speak TLS if the server does."""
+        peer = socket.create_connection(("127.0.0.1", self.port), LONG_S)
+        return peer if self._tls is None else _trusting().wrap_socket(peer)
 
     async def connect_plainly(self) -> Peer:
         """Connect, and leave it to the caller what is spoken."""
         return Peer(*await asyncio.open_connection("127.0.0.1", self.port))
+
+
+def _trusting() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
 
 
 class Peer:
