@@ -7,6 +7,7 @@ DispatcherError                 exit code 1
 │   ├── CorruptJournalError     a damaged frame with good ones behind it
 │   ├── RunLockedError          another process works on the same run
 │   └── SpoolFileError          a worker's spooled results cannot be used; the run goes on
+│       └── SpoolUnreadableError  not now: the file system failed
 ├── StorageError                a file operation failed
 │   ├── StorageFullError        nothing was changed; the same call may succeed later (507)
 │   └── SyncFailedError         a sync failed: what is on disk is unknown, the process must end
@@ -70,6 +71,10 @@ class RunLockedError(StateError):
 
 class SpoolFileError(StateError):
     """What a worker left in the spool cannot be trusted, read or used; nothing else is touched."""
+
+
+class SpoolUnreadableError(SpoolFileError):
+    """The file system failed where the spool is; a later call may succeed."""
 
 
 class StorageError(DispatcherError):

@@ -34,6 +34,7 @@ from dispatcher.errors import (
     CorruptJournalError,
     DispatcherError,
     SpoolFileError,
+    SpoolUnreadableError,
     StateError,
     StorageError,
     StorageFullError,
@@ -146,6 +147,7 @@ class DispatchService:
         self._lines: deque[InputLine] = deque()
         self._spool = Spool(settings.state_dir, self._files)
         self._spool_refused: set[str] = set()
+        self._spool_complaints: set[str] = set()
         self._spool_seen = asyncio.Event()
         self._write_thread = make_thread("journal")
         self._read_thread = make_thread("input")
@@ -662,8 +664,8 @@ class DispatchService:
                 for name in await self._spool_call(self._spool.names):
                     if name not in self._spool_refused:
                         await self._take_spool_file(name)
-            except SpoolFileError as error:
-                self._refuse_spool_file("", error)
+            except SpoolUnreadableError as error:
+                self._say_of_spool_once("", error)
             except StorageFullError:
                 pass  # what was not taken in is still there at the next look
             self._spool_seen.set()
@@ -685,21 +687,24 @@ class DispatchService:
                 self.spooled_results += new
                 accepted += new
                 count += len(results)
+        except SpoolUnreadableError as error:  # a network file system may do better next time
+            self._say_of_spool_once(name, error)
         except SpoolFileError as error:
-            self._refuse_spool_file(name, error)
+            self._spool_refused.add(name)
+            self._say_of_spool_once(name, error)
         else:
             if self._ownership.is_confirmed:  # else the next look, or the next owner, does it
                 await self._spool_call(self._spool.remove, name)
         finally:
             if file is not None:
                 self._read_thread.submit(file.close)  # behind a read that was given up
-        if count:
+        if accepted or (count and name not in self._spool_complaints):
             log.info("%d results from the spool file %s, %d of them new", count, name, accepted)
 
-    def _refuse_spool_file(self, name: str, error: SpoolFileError) -> None:
-        """Say it once, and let it lie; the rest of the run goes on."""
-        if name not in self._spool_refused:
-            self._spool_refused.add(name)
+    def _say_of_spool_once(self, name: str, error: SpoolFileError) -> None:
+        """Say what is wrong with a file, or the directory; it lies there, and the run goes on."""
+        if name not in self._spool_complaints:
+            self._spool_complaints.add(name)
             log.warning("%s", error)
 
     async def _until_spool_is_seen(self) -> None:

@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from dispatcher.errors import SpoolFileError, StorageError, UsageError
+from dispatcher.errors import SpoolFileError, SpoolUnreadableError, StorageError, UsageError
 from dispatcher.models import ResultItem, WorkItem
 from dispatcher.server_file import read_server_file
 from dispatcher.storage.files import Files
@@ -48,6 +48,7 @@ _END = re.compile(rb"@end (\d{1,18}) ([0-9a-f]{8})\n")
 _CRC_BYTES = 9  # with the line end
 _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 _REMEDY = "nothing is taken from it; remove it"
+_WAITS = "what is in it waits, and is tried again"
 
 
 class SpoolWriter:
@@ -181,11 +182,11 @@ class Spool:
         self._files = files
 
     def names(self) -> list[str]:
-        """Return the files that wait. Raises SpoolFileError when that cannot be told."""
+        """Return the files that wait. Raises SpoolUnreadableError when that cannot be told."""
         try:
             names = self._files.names(self._directory)
         except OSError as error:
-            raise SpoolFileError(
+            raise SpoolUnreadableError(
                 f"cannot list {self._directory}: {error.strerror}; what workers left there waits"
             ) from error
         return [name for name in names if name.endswith(SUFFIX) and not name.startswith(".")]
@@ -193,7 +194,8 @@ class Spool:
     def open(self, name: str, run: str) -> SpoolFile | None:
         """Open a file to read the results of `run` in it; None when it is not there any more.
 
-        Raises SpoolFileError when it cannot be trusted or is of another run.
+        Raises SpoolFileError when it cannot be trusted or is of another run, and
+        SpoolUnreadableError when the file system does not let it be read now.
         """
         path = self._directory / name
         try:
@@ -202,12 +204,10 @@ class Spool:
         except FileNotFoundError:
             return None
         except OSError as error:
-            problem = (
-                "is a symbolic link, which is not followed"
-                if path.is_symlink()
-                else f"cannot be opened ({error.strerror})"
-            )
-            raise SpoolFileError(f"{path} {problem}; {_REMEDY}") from error
+            if path.is_symlink():
+                problem = "is a symbolic link, which is not followed"
+                raise SpoolFileError(f"{path} {problem}; {_REMEDY}") from error
+            raise SpoolUnreadableError(f"cannot open {path}: {error.strerror}; {_WAITS}") from error
         try:
             _check_private(path, os.fstat(fd))
             return SpoolFile(path, fd, run, self._files)
@@ -345,7 +345,8 @@ class SpoolFile:
         try:
             part = self._files.read_at(self._fd, max(length, _WRITE_BYTES), self._offset)
         except OSError as error:
-            raise SpoolFileError(f"cannot read {self._path}: {error.strerror}") from error
+            problem = f"cannot read {self._path}: {error.strerror}; {_WAITS}"
+            raise SpoolUnreadableError(problem) from error
         self._ahead = self._ahead[self._place :] + part
         self._place = 0
         self._offset += len(part)

@@ -41,7 +41,7 @@ from tests.service.support import (
     take,
     until,
 )
-from tests.storage.broken_files import FULL, BrokenFiles, owned_by_the_dead
+from tests.storage.broken_files import BROKEN, FULL, BrokenFiles, owned_by_the_dead
 
 
 @pytest.fixture(autouse=True)
@@ -405,6 +405,33 @@ def test_on_a_full_disk_the_spool_waits(settings: RunSettings) -> None:
             files.heal()
             await gone(path)
             assert service.status()["done"] == 2
+            assert service.status()["spooled_results"] == 2
+            await finish_everything(service)
+
+    run(scenario())
+    assert output(settings) == expected(range(3))
+
+
+@pytest.mark.parametrize("failing", ["fail_read", "fail_reopen"])
+def test_a_file_that_cannot_be_read_now_is_said_once_and_taken_in_later(
+    settings: RunSettings, caplog: pytest.LogCaptureFixture, failing: str
+) -> None:
+    """A network file system may lose sight of a file for a moment."""
+    give_input(settings, 3)
+    files = BrokenFiles()
+
+    async def scenario() -> None:
+        async with serving(settings, files) as service:
+            items = await take(service, 2)
+            setattr(files, failing, BROKEN)
+            files.only = "results"
+            path = leave(settings, items)
+            await some_looks(service)
+            assert path.exists()
+            [sentence] = sentences(caplog)
+            assert f"{path}: Input/output error; what is in it waits" in sentence
+            files.heal()
+            await gone(path)
             assert service.status()["spooled_results"] == 2
             await finish_everything(service)
 

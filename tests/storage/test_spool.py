@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dispatcher.errors import SpoolFileError, StorageError
+from dispatcher.errors import SpoolFileError, SpoolUnreadableError, StorageError
 from dispatcher.models import ResultItem, WorkItem
 from dispatcher.server_file import ServerFile, write_server_file
 from dispatcher.storage import spool as spool_module
@@ -374,17 +374,22 @@ def test_a_file_that_is_gone_by_now_is_no_error(state_dir: Path) -> None:
     assert Spool(state_dir, Files()).open("x.results", RUN) is None
 
 
-def test_a_file_that_cannot_be_read_is_refused(state_dir: Path) -> None:
+def test_a_file_that_cannot_be_read_now_may_be_later(state_dir: Path) -> None:
     writer(state_dir).write(items(1))
     files = BrokenFiles()
     [name] = names(state_dir)
     files.fail_read = BROKEN
-    with pytest.raises(SpoolFileError, match="Input/output error"):
+    with pytest.raises(SpoolUnreadableError, match="Input/output error"):
         Spool(state_dir, files).open(name, RUN)
     files.heal()
     files.fail_reopen = BROKEN
-    with pytest.raises(SpoolFileError, match="Input/output error"):
+    with pytest.raises(SpoolUnreadableError, match="Input/output error"):
         Spool(state_dir, files).open(name, RUN)
+    files.heal()
+    file = Spool(state_dir, files).open(name, RUN)
+    assert file is not None
+    assert [result.work_id for result in file.next_results()] == [0]
+    file.close()
 
 
 def test_only_whole_files_count(state_dir: Path) -> None:
