@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from random import Random
 
 import pytest
+import yaml
 
 from dispatcher.server_file import read_server_file
 from dispatcher.storage.files import Files
@@ -122,6 +125,9 @@ def test_what_workers_finish_without_a_server_is_in_the_output_and_not_asked_aga
             assert not spooled(files, run)
             assert last.wait(END_S) == 0, last.output
             assert server.wait(END_S) == 0, server.output
+        for process in (one, other):
+            assert len(_AWAY.findall(process.output)) == 1, process.output
+            assert "Traceback" not in process.output
         print(f"{len(left)} results from the spool; seed {SEED}")
 
     output = [json.loads(text) for text in files.outfile.read_text().splitlines()]
@@ -129,3 +135,49 @@ def test_what_workers_finish_without_a_server_is_in_the_output_and_not_asked_aga
     calls = asked(call_log)
     assert {number: calls[f"line {number}"] for number in left} == dict.fromkeys(left, 1)
     assert not (files.state_dir / SPOOL_DIR).exists()
+    summary = yaml.safe_load((files.state_dir / "run.yaml").read_text())["summary"]
+    assert summary["charged"] == 0, "an item's retry_count grew"
+
+
+@contextmanager
+def counting_connections(port: int) -> Iterator[list[float]]:
+    """Hang up on everybody who connects; yields when they came."""
+    came: list[float] = []
+    with socket.create_server(("127.0.0.1", port)) as listener:
+
+        def hang_up() -> None:
+            with suppress(OSError):  # the end
+                while True:
+                    listener.accept()[0].close()
+                    came.append(time.monotonic())
+
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        yield came
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(END_S)
+
+
+@pytest.mark.slow
+def test_a_worker_calls_an_absent_server_seldom_and_says_once_that_it_went_and_came_back(
+    tmp_path: Path,
+) -> None:
+    files = RunFiles(tmp_path / "run", LINES, ())
+    with fakellm("--latency-s", "0.3") as base_url, ExitStack() as stack:
+        server = stack.enter_context(serving(files))
+        one = stack.enter_context(worker(files, base_url))
+        wait_until(lambda: status_of(files)["done"] >= 20, "the first results", END_S)
+        server.signal(signal.SIGKILL)
+        server.wait()
+        with counting_connections(files.port) as came:
+            one.wait_for_line(_AWAY, END_S)
+            time.sleep(4.0)
+        # A few calls each backing off to 5 s, and a heartbeat a second; not thousands.
+        assert 3 <= len(came) <= 40, len(came)
+        server = stack.enter_context(serving(files))
+        assert one.wait(END_S) == 0, one.output
+        assert server.wait(END_S) == 0, server.output
+    assert len(_AWAY.findall(one.output)) == 1, one.output
+    assert one.output.count("the server answers again") == 1, one.output
+    assert "Traceback" not in one.output
+    assert [json.loads(text)["id"] for text in files.outfile.open()] == list(range(LINES))
