@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dispatcher.storage.spool import SPOOL_DIR, Spool, SpoolWriter
 from dispatcher.taskmanager.tasksource import leased, spooling
 from dispatcher.taskmanager.tasksource.dispatcher import DispatcherTaskSource
 from dispatcher.taskmanager.tasksource.leased import LeasedSource
+from dispatcher.taskmanager.tasksource.spooling import Spooler
 from tests.storage.broken_files import FULL, BrokenFiles
 from tests.taskmanager.doubles import (
     StubBackend,
@@ -155,6 +156,27 @@ def test_what_is_not_taken_for_a_while_is_spooled_and_handed_in_once_when_the_se
 
         assert Counter(item.work_id for item in link.submitted) == Counter(range(60))
         assert not list((state_dir / SPOOL_DIR).iterdir())
+
+    run(scenario())
+
+
+def test_a_second_absence_with_fewer_results_than_the_first_has_them_spooled_too(
+    state_dir: Path,
+) -> None:
+    async def scenario() -> None:
+        results = lines(7)
+        for item in results:
+            item.set_result('"done"')
+        queue = deque(results[:5])
+        spooler = Spooler(SpoolWriter(state_dir / "server.json", "w"), queue)
+        await spooler.save_now()
+        assert spooled(state_dir) == [0, 1, 2, 3, 4]
+
+        queue.clear()
+        spooler.note_acknowledged(5)
+        queue.extend(results[5:])
+        await spooler.save_now()
+        assert spooled(state_dir) == [5, 6]
 
     run(scenario())
 
