@@ -129,9 +129,20 @@ def parse(
     return parser.parse_args(argv)
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML, but 12:00:00 is that text and not the number 43200."""
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> Any:
+        """Return a whole number, or what has colons in it as it stands."""
+        return node.value if ":" in node.value else super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
 def _read_config_file(path: Path) -> dict[Any, Any]:
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.load(path.read_text("utf-8"), _Loader)
     except OSError as error:
         raise UsageError(f"cannot read --config {path}: {error.strerror}") from error
     except (yaml.YAMLError, ValueError) as error:

@@ -18,6 +18,7 @@ DispatcherError                 exit code 1
 │   │   └── AuthenticationError   it refused the API key (401)
 │   └── QuotaExhaustedError     exit code 3: its quota is used up; go on when there is more
 ├── ServerLostError             exit code 5: the dispatcher server stayed away too long
+├── SlurmError                  one of Slurm's commands is missing, refused or did not answer
 └── TaskError                   raised by tasks, caught where a task is run
     ├── TaskFailed              this item's result is an `__ERROR__` line
     └── TaskRetry               this item should be tried again from the beginning
@@ -129,6 +130,10 @@ class ServerLostError(DispatcherError):
     """The dispatcher server did not answer for longer than the worker may wait."""
 
     exit_code = ExitCode.SERVER_LOST
+
+
+class SlurmError(DispatcherError):
+    """One of Slurm's commands is missing, refused what it was asked, or did not answer."""
 
 
 class TaskError(DispatcherError):

@@ -28,6 +28,8 @@ FLOORS = [
     ("dispatcher.service", 3),
     ("dispatcher.runs.cli", 5),
     ("dispatcher.runs", 3),
+    ("dispatcher.slurm.cli", 5),
+    ("dispatcher.slurm", 3),
     ("dispatcher.server.cli", 5),
     ("dispatcher.server.__main__", 5),
     ("dispatcher.server", 4),

@@ -24,10 +24,11 @@ def list_text(standings: list[Standing]) -> str:
     states = Counter(standing.state for standing in standings)
     counts = ", ".join(f"{count} {state}" for state, count in states.items())
     total = f"{_number_of(len(standings), 'run')}: {counts}"
-    return "\n\n".join([*map(_standing_text, standings), total])
+    return "\n\n".join([*map(standing_text, standings), total])
 
 
-def _standing_text(standing: Standing) -> str:
+def standing_text(standing: Standing, *, resume: bool = True) -> str:
+    """Return a run, a fact a line; `resume`: also how it is gone on with."""
     run = standing.run
     lines = [str(run.state_dir)]
 
@@ -41,7 +42,7 @@ def _standing_text(standing: Standing) -> str:
     add("time", _time_text(standing))
     add("output", str(run.output) if run.content else None)
     add("note", standing.note)
-    add("resume", _resume_text(standing))
+    add("resume", _resume_text(standing) if resume else None)
     add("failed", _failed_text(standing))
     return "\n".join(lines)
 

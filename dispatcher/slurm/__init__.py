@@ -1,0 +1,1 @@
+"""`dispatcher slurm`: a run's batch scripts rendered, submitted, watched and stopped."""
