@@ -102,7 +102,8 @@ def _submit(command: str, argv: Sequence[str]) -> ExitCode:
     args = parse(build_parser(command), argv, recorded)
     scripts_dir = _scripts_dir()
     has_examples = (scripts_dir.parent / "examples" / "data" / "prompts.jsonl").is_file()
-    settings = settings_of(args, command, os.environ, _virtual_env())
+    environment = os.environ if args.resume is None else {}
+    settings = settings_of(args, command, environment, _virtual_env())
     check_files(settings, has_examples=has_examples)
     scripts = {name: _rendered(name, settings, scripts_dir) for name in SCRIPTS_OF[command]}
     record = Record(settings.state_dir)
@@ -354,14 +355,16 @@ def _end(submissions: Sequence[Submission], timeout_s: float) -> tuple[list[Job]
     end = time.monotonic() + timeout_s
     while True:
         jobs = commands.find_jobs(submissions)
-        if not (left := alive(jobs)) or time.monotonic() > end:
-            return left, said
+        if not (left := alive(jobs)):
+            return [], ""
         to_cancel, to_interrupt = to_stop(jobs, told)
         for call, some in ((commands.cancel, to_cancel), (commands.interrupt, to_interrupt)):
             if some and (complaint := call(some)):
                 said = complaint  # it is tried again
             else:
                 told |= {job.id for job in some if not job.is_waiting}
+        if time.monotonic() > end:
+            return left, said
         time.sleep(_POLL_S)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 _SETTINGS_BEGIN = "# ---- Settings"
-_VARIABLE = re.compile(r"\b([A-Z][A-Z0-9_]*)=\$\{\1:[-?][^}]*\}")
+_VARIABLE = re.compile(r"\b([A-Z][A-Z0-9_]*)=\$\{\1:-([^}]*)\}")
 SBATCH_OPTION = re.compile(
     r"(?P<long>--[A-Za-z][\w-]*)(?:[= ](?P<value>.*))?|(?P<short>-[A-Za-z]) *(?P<of_short>.*)"
 )
@@ -23,23 +23,24 @@ def render(
     environment: Mapping[str, str],
     options: Sequence[str],
 ) -> str:
-    """Return the script with these settings at its top.
+    """Return the script with these settings at its top, so that it goes by nothing else.
 
-    Of `variables` those are set that the script has; `environment` is exported whole. `options`
-    are sbatch's: each takes the place of the script's own of that name, or follows it.
-    `scripts_dir` is where the scripts are that it needs.
+    Of `variables` those count that the script has, and where there is none, its default;
+    `environment` is exported whole. `options` are sbatch's: each takes the place of the script's
+    own of that name, or follows it. `scripts_dir` is where the scripts are that it needs.
     """
     lines = _with_options(script.splitlines(), options)
     begin = next(n for n, line in enumerate(lines) if line.startswith(_SETTINGS_BEGIN)) + 1
     end = lines.index("", begin)
+    lines[begin - 1] = f"{_SETTINGS_BEGIN}, as they were given. Empty: the default."
     added = [f"DISPATCHER_SLURM_DIR={shlex.quote(scripts_dir)} # the other scripts"]
     added += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     block = [_with_variables(line, variables) for line in lines[begin:end]]
     shebang, *rest = [*lines[:begin], *added, *block, *lines[end:]]
     notes = [
         "# Written by `dispatcher slurm`, which writes it anew when it submits the run again.",
-        # A dollar sign in a setting is meant.
-        "# shellcheck disable=SC2016",
+        # common.sh reads the settings; a dollar sign in one of them is meant.
+        "# shellcheck disable=SC2016,SC2034",
     ]
     return "\n".join([shebang, *notes, *rest, ""])
 
@@ -62,8 +63,7 @@ def _with_variables(line: str, variables: Mapping[str, str]) -> str:
     code, mark, comment = line.partition(" # ")
 
     def assignment(match: re.Match[str]) -> str:
-        value = variables.get(match[1])
-        return f"{match[1]}={shlex.quote(value)}" if value else match[0]
+        return f"{match[1]}={shlex.quote(variables.get(match[1]) or match[2])}"
 
     changed = _VARIABLE.sub(assignment, code.rstrip())
     return f"{changed:<{len(code)}}{mark}{comment}" if mark else changed

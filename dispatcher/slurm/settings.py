@@ -34,7 +34,7 @@ class Setting:
     variable: str
     metavar: str
     help: str
-    kind: Callable[[str], Any] = str
+    kind: Callable[[str], str] = str
     choices: Sequence[str] | None = None
 
     @property
@@ -43,13 +43,22 @@ class Setting:
         return self.flag.removeprefix("--").replace("-", "_")
 
 
-def requests_in_flight(text: str) -> str:
-    """Convert `--workers`: a number or `auto`."""
-    return text if text == "auto" else str(number(int, 1)(text))
+def _checked(convert: Callable[[str], Any], but: str = "") -> Callable[[str], str]:
+    """Return an argparse type: what `convert` takes, or this word, as it was typed."""
+
+    def check(text: str) -> str:
+        if text != but:
+            convert(text)
+        return text
+
+    return check
 
 
-_at_least_1 = number(int, 1)
-_seconds = number(float, 0.001)
+_at_least_0 = _checked(number(int, 0))
+_at_least_1 = _checked(number(int, 1))
+_at_least_1_or_auto = _checked(number(int, 1), "auto")
+_at_least_minus_1 = _checked(number(int, -1))
+_seconds = _checked(number(float, 0.001))
 
 _TASK = "module:Class or FILE.py:Class (default: that of examples/chat_task.py)"
 _INFILE = "input, one item a line (default: examples/data/prompts.jsonl)"
@@ -84,12 +93,12 @@ SETTINGS = (
     Setting("--model", "MODEL", "NAME", _MODEL),
     Setting("--backend", "BACKEND", "KIND", _BACKEND, choices=_BACKENDS),
     Setting("--tensor-parallel", "TENSOR_PARALLEL", "N", _TENSOR_PARALLEL, _at_least_1),
-    Setting("--gpus-per-task", "GPUS_PER_TASK", "N", _GPUS_PER_TASK, number(int, 0)),
+    Setting("--gpus-per-task", "GPUS_PER_TASK", "N", _GPUS_PER_TASK, _at_least_0),
     Setting("--max-model-len", "MAX_MODEL_LEN", "N", _MAX_MODEL_LEN, _at_least_1),
-    Setting("--workers", "WORKERS", "N", _WORKERS, requests_in_flight),
+    Setting("--workers", "WORKERS", "N", _WORKERS, _at_least_1_or_auto),
     Setting("--batch-size", "BATCH_SIZE", "N", _BATCH_SIZE, _at_least_1),
     Setting("--work-timeout", "WORK_TIMEOUT", "S", _WORK_TIMEOUT, _seconds),
-    Setting("--max-retries", "MAX_RETRIES", "N", _MAX_RETRIES, number(int, -1)),
+    Setting("--max-retries", "MAX_RETRIES", "N", _MAX_RETRIES, _at_least_minus_1),
     Setting("--server-timeout", "SERVER_TIMEOUT", "S", _SERVER_TIMEOUT, _seconds),
     Setting("--worker-args", "WORKER_ARGS", "OPTIONS", _WORKER_ARGS),
     Setting("--server-args", "SERVER_ARGS", "OPTIONS", _SERVER_ARGS),
@@ -136,8 +145,9 @@ def build_parser(command: str) -> Parser:
         prog=f"dispatcher slurm {command}",
         description=f"{what}. The same command, or --resume, goes on with a run that was stopped.",
         epilog="What no option and no file says is taken from the environment under the script's "
-        "name of it (MODEL, CONTAINER, ...), then from the script. The scripts are written to "
-        "STATE/slurm/. exit codes: 0 submitted, or complete already, 1 error, 2 usage",
+        "name of it (MODEL, CONTAINER, ...), then from the script; --resume asks the environment "
+        "for nothing. The scripts are written to STATE/slurm/. exit codes: 0 submitted, or "
+        "complete already, 1 error, 2 usage",
     )
     group = parser.add_argument_group("the run")
     for setting in SETTINGS:
@@ -278,7 +288,7 @@ def _given(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str
     given: dict[str, str] = {}
     for setting in SETTINGS:
         value = getattr(args, setting.dest, None)
-        text = environment.get(setting.variable, "") if value is None else str(value)
+        text = environment.get(setting.variable, "") if value is None else value
         if text and hasattr(args, setting.dest):
             given[setting.dest] = text
     given.setdefault("outfile", _OUTFILE)
@@ -363,7 +373,7 @@ def check_sbatch_option(option: str, flag: str) -> None:
     """Refuse what is no option of sbatch. Raises UsageError."""
     if not SBATCH_OPTION.fullmatch(option):
         raise UsageError(f"{flag} {option}: give an option of sbatch, as in {flag}=--mem=0")
-    if re.match(r"(--array|-a)\b", option):
+    if re.match(r"--array(=| |$)|-a", option):
         raise UsageError(f"{flag} {option}: --worker-jobs and add-workers say how many jobs")
 
 
