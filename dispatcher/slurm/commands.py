@@ -137,7 +137,7 @@ def _run(command: list[str]) -> str:
         raise SlurmError(f"cannot run `{name}`: {error.strerror}") from error
     if done.returncode != 0:
         words = _one_line(done.stderr) or f"exit code {done.returncode}"
-        raise SlurmError(f"{name} refused: {words} ({' '.join(command[1:])})")
+        raise SlurmError(f"{name} refused: {words}")
     return done.stdout
 
 

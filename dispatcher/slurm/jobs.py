@@ -123,7 +123,8 @@ def parse_sacct(text: str, submissions: Iterable[Submission]) -> list[Job]:
     for line in text.splitlines():
         fields = line.split("|")
         submission = by_number.get(fields[0].partition("_")[0])
-        if submission is None or len(fields) != SACCT_FORMAT.count(",") + 1:
+        is_step = "." in fields[0]
+        if submission is None or is_step or len(fields) != SACCT_FORMAT.count(",") + 1:
             continue
         name, state, elapsed, code, node = fields
         reason = "" if code == "0:0" else f"exit code {code.partition(':')[0]}"

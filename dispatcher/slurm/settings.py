@@ -111,6 +111,7 @@ SETTINGS = (
 
 _FILES = ("infile", "worker_config", "server_config")
 _PATHS = (*_FILES, "outfile", "state", "venv")
+_NAMES_OR_PATHS = ("model", "container")
 _WORDS = ("worker_args", "server_args")
 _ONLY_START = ("server_timeout",)
 
@@ -292,9 +293,9 @@ def _given(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str
         if text and hasattr(args, setting.dest):
             given[setting.dest] = text
     given.setdefault("outfile", _OUTFILE)
-    for name in _PATHS:
-        if name in given:
-            given[name] = str(Path(given[name]).absolute())
+    for name, text in given.items():
+        if name in _PATHS or (name in _NAMES_OR_PATHS and Path(text).exists()):
+            given[name] = str(Path(text).absolute())
     if "task" in given:
         given["task"] = absolute_spec(given["task"])
     for name in _WORDS:

@@ -161,6 +161,13 @@ def test_server_and_workers_are_submitted_in_this_order(fake: Fake, said: Any) -
     assert "submitted job 12: 3 worker jobs, log" in text
 
 
+def test_a_model_or_image_that_is_a_path_is_named_by_it(fake: Fake, said: Any) -> None:
+    Path("org/model").mkdir(parents=True)
+    said("run", *FILES, "--model", "org/model", "--container", "docker://org/image")
+    assert f"\nMODEL={Path.cwd()}/org/model " in script("run")
+    assert "export CONTAINER=docker://org/image " in script("run")
+
+
 def test_a_dry_run_prints_the_scripts_and_changes_nothing(
     tmp_path: Path, fake: Fake, said: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,6 +439,7 @@ def test_status_tells_of_jobs_that_are_over_and_of_those_that_slurm_forgot(
     assert "NonZeroExitCode" in text
     assert "12_[1-2]  workers  CANCELLED" in text  # sacct knows them
     assert "exit code 3" in text
+    assert "n9" not in text  # a step's
     assert "no job of the run is waiting or running" in text
     assert f"go on with: dispatcher slurm start --resume {STATE.absolute()}" in text
 
