@@ -64,7 +64,7 @@ class Commands:
 def test_a_run_is_started_watched_grown_shrunk_stopped_and_gone_on_with(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    run = SlurmRun(tmp_path / "my run", 3000, latency_s=0.4)
+    run = SlurmRun(tmp_path / "my-$run", 3000, latency_s=0.4)
     slurm = Commands(cluster, run)
     odd = [f"--sbatch-arg=--comment={NASTY}"]
     said = slurm("start", *slurm.settings, *odd, "--worker-jobs", "2")
@@ -72,9 +72,10 @@ def test_a_run_is_started_watched_grown_shrunk_stopped_and_gone_on_with(
     slurm.until_running("server", 1)
     slurm.until_running("workers", 2)
     server, workers = slurm.job("server"), slurm.job("workers")
-    shown = cluster.run("scontrol", "show", "job", f"{workers.id}_1").splitlines()
-    assert f"   Comment={NASTY}" in shown
-    assert f"   WorkDir={run.directory}" in shown
+    about = cluster.run("scontrol", "show", "job", f"{workers.id}_1").splitlines()
+    shown = [line.strip() for line in about]
+    assert f"Comment={NASTY}" in shown
+    assert f"WorkDir={run.directory}" in shown
     run.until_done(100)
     status = slurm("status", "out.jsonl")
     assert "state     running, process" in status

@@ -318,6 +318,7 @@ def test_a_resumed_run_is_what_it_was(
     assert f"go on with: dispatcher slurm start --resume {state_dir}" in text
 
     monkeypatch.setenv("BACKEND", "vllm")
+    monkeypatch.setenv("MODEL", "another")
     monkeypatch.chdir(tmp_path)
     said("start", "--resume", state_dir)
     monkeypatch.chdir(state_dir.parent)
