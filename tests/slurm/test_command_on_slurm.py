@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -79,17 +80,17 @@ def test_a_run_is_started_watched_grown_shrunk_stopped_and_gone_on_with(
     run.until_done(100)
     status = slurm("status", "out.jsonl")
     assert "state     running, process" in status
-    assert "of about 3000 lines" in status or "of 3000 lines" in status
+    assert re.search(r"  done      [1-9]\d* of (about )?\d+ lines", status)
     with pytest.raises(AssertionError, match=f"has job {server.id} .server., which is RUNNING"):
         slurm("start", *slurm.settings)
 
     slurm("add-workers", str(run.outfile), "2", cwd=tmp_path)
     slurm.until_running("workers", 4)
+    youngest = f"{slurm.job('workers').id}_2"
     slurm("add-workers", "out.jsonl", "1", "--sbatch-arg=--hold")
     held = slurm.job("workers").id
     said = slurm("remove-workers", "out.jsonl", "2")
     assert f"cancelled before they ran: {held}_1" in said
-    youngest = f"{int(held) - 1}_2"
     assert f"giving back what they have begun: {youngest}" in said
     slurm.until_running("workers", 3)
     assert Job(cluster, youngest, run.directory).wait_for("CANCELLED", "COMPLETING")
