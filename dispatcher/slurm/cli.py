@@ -19,7 +19,7 @@ from dispatcher.runs.show import standing_text
 from dispatcher.slurm import commands, show
 from dispatcher.slurm.jobs import Job, Submission, alive, to_remove, to_stop
 from dispatcher.slurm.record import Record, find_record
-from dispatcher.slurm.render import log_pattern, render
+from dispatcher.slurm.render import log_of, render
 from dispatcher.slurm.settings import (
     RUN,
     SCRIPTS_OF,
@@ -210,7 +210,8 @@ def _submitted_text(submission: Submission, script: str) -> str:
         SERVER: "the server",
         WORKERS: f"{submission.count} worker job{'s' * (submission.count != 1)}",
     }
-    return f"submitted job {submission.job}: {what[submission.role]}, log {log_pattern(script)}"
+    log = log_of(script) if submission.role == WORKERS else log_of(script, submission.job)
+    return f"submitted job {submission.job}: {what[submission.role]}, log {log}"
 
 
 # -------------------------------------------------------------------- status

@@ -51,11 +51,13 @@ def variables_of(script: str) -> list[str]:
     return [match[1] for match in _VARIABLE.finditer(block)]
 
 
-def log_pattern(script: str) -> str:
-    """Return where the jobs of a rendered script write their logs, with `*` for their numbers."""
+def log_of(script: str, number: str = "*") -> str:
+    """Return where the job of a rendered script writes its log; `*` stands for what is not known,
+    such as the numbers of an array's elements."""
     found = re.findall(r'^#SBATCH --(output|job-name|chdir)="?(.*?)"?$', script, re.MULTILINE)
     given = {name: re.sub(r"\\(.)", r"\1", value) for name, value in found}
-    name = re.sub("%[0-9]*[a-zA-Z]", "*", given["output"].replace("%x", given["job-name"]))
+    name = given["output"].replace("%x", given["job-name"]).replace("%j", number)
+    name = re.sub("%[0-9]*[a-zA-Z]", "*", name)
     return str(PurePath(given["chdir"]) / name)
 
 

@@ -17,7 +17,8 @@ def table_text(jobs: Iterable[Job]) -> str:
         members = list(group)
         job = members[0]
         shown = members_text(members)
-        times = (job.elapsed, job.left) if len(members) == 1 and not job.is_waiting else ("", "")
+        runs = len(members) == 1 and not job.is_waiting
+        times = (job.elapsed if runs else "", job.left if runs and not job.is_over else "")
         node = job.node if len(members) == 1 else ""
         rows.append((shown, job.role, job.state, node, *times, job.restarts, job.reason))
     widths = [max(len(row[n]) for row in rows) for n in range(len(_HEADINGS))]

@@ -8,11 +8,13 @@ After a change that is meant, write the golden files anew and look at the differ
 from __future__ import annotations
 
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 
-from dispatcher.slurm.render import log_pattern, render, variables_of
+from dispatcher.slurm import cli
+from dispatcher.slurm.render import log_of, render, variables_of
 from dispatcher.slurm.settings import SCRIPTS_OF, SETTINGS, Settings, build_parser, settings_of
 from tests.support.processes import ROOT
 
@@ -163,8 +165,19 @@ def test_the_defaults_in_the_help_are_those_of_the_scripts() -> None:
 
 def test_the_log_is_where_the_script_says() -> None:
     scripts = rendered("start", ["--job-name", "my job", "--sbatch-arg=--output=logs/%x.%A_%4a"])
-    assert log_pattern(scripts["server"]) == "/data/my runs/my job-server-*.log"
-    assert log_pattern(scripts["workers"]) == "/data/my runs/logs/my job-workers.*_*"
+    assert log_of(scripts["server"], "12") == "/data/my runs/my job-server-12.log"
+    assert log_of(scripts["workers"]) == "/data/my runs/logs/my job-workers.*_*"
+
+
+def test_a_wheel_has_every_script() -> None:
+    """The package has them by a link, which a wheel follows to what these patterns name."""
+    content = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = content["tool"]["setuptools"]["package-data"]["dispatcher"]
+    found = {path.resolve() for pattern in patterns for path in (ROOT / "dispatcher").glob(pattern)}
+    scripts = {path for path in SLURM.iterdir() if path.suffix in (".sh", ".sbatch")}
+    assert len(scripts) > 5
+    assert scripts <= found
+    assert cli._scripts_dir() == SLURM
 
 
 def test_a_recorded_command_is_the_same_command() -> None:

@@ -143,7 +143,7 @@ def test_a_run_is_written_submitted_and_noted(fake: Fake, said: Any) -> None:
     assert f"VENV={sys.prefix}" in script("run")
     (noted,) = submitted()
     assert (noted["job"], noted["role"], noted["script"]) == ("11", "run", str(path))
-    assert f"submitted job 11: the run, log {here}/dispatcher-*.log" in text
+    assert f"submitted job 11: the run, log {here}/dispatcher-11.log" in text
     assert f"dispatcher slurm stop {here}/out.jsonl" in text
 
 
