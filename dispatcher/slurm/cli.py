@@ -107,38 +107,40 @@ def _submit(command: str, argv: Sequence[str]) -> ExitCode:
     check_files(settings, has_examples=has_examples)
     scripts = {name: _rendered(name, settings, scripts_dir) for name in SCRIPTS_OF[command]}
     record = Record(settings.state_dir)
-    array = [f"--array=1-{settings.worker_jobs}"] if settings.worker_jobs else []
-    wanted: dict[str, list[str]] = {RUN: [], SERVER: [], WORKERS: array}
+    arrays = {WORKERS: settings.worker_jobs} if WORKERS in scripts else {}
+    wanted = [name for name in scripts if arrays.get(name) != 0]
     if args.dry_run:
-        for name, text in scripts.items():
-            if name == WORKERS and not array:
-                continue
-            line = shlex.join(commands.sbatch_command(record.script(name), wanted[name]))
-            print(f"# ==== {line}\n{text}", end="")
+        for name in wanted:
+            line = shlex.join(commands.sbatch_command(record.script(name), _array(arrays, name)))
+            print(f"# ==== {line}\n{scripts[name]}", end="")
         return ExitCode.COMPLETE
     if (run := _the_run(record.state_dir)) is not None and run.is_complete:
         print(f"the run in {record.state_dir} is complete: {run.output}; nothing was submitted")
         return ExitCode.COMPLETE
     with record.begin():
-        _check_no_server(record)
+        before = _living_workers(record)
         for name, text in scripts.items():
             record.write_script(name, text)
         record.write_settings(command, settings.recorded)
         done: list[Submission] = []
-        for name in scripts:
-            if name == WORKERS and not array:
-                continue
+        for name in wanted:
             try:
-                count = settings.worker_jobs if name == WORKERS else 1
-                done.append(_submit_one(record, name, wanted[name], count))
+                options = _array(arrays, name)
+                done.append(_submit_one(record, name, options, arrays.get(name, 1)))
             except DispatcherError as error:
                 raise _undone(error, done) from error
     for submission in done:
         print(_submitted_text(submission, scripts[submission.role]))
+    if before:
+        print(f"  worker jobs from before go on beside them: {show.ids_text(before)}")
     place = _place_of(settings)
     print(f"  {_PROGRAM} status {place}   shows how it goes")
     print(f"  {_PROGRAM} stop {place}     stops it; nothing that is finished is lost")
     return ExitCode.COMPLETE
+
+
+def _array(counts: Mapping[str, int], name: str) -> list[str]:
+    return [f"--array=1-{counts[name]}"] if name in counts else []
 
 
 def _recorded(path: Path, command: str) -> tuple[Mapping[str, Any], Path]:
@@ -172,16 +174,22 @@ def _rendered(name: str, settings: Settings, scripts_dir: Path) -> str:
     )
 
 
-def _check_no_server(record: Record) -> None:
-    """Refuse to give a run a second server. Raises StateError, SlurmError."""
+def _living_workers(record: Record) -> list[Job]:
+    """Return the worker jobs that a run has already.
+
+    Refuses to give it a second server: raises StateError, and SlurmError where Slurm does not say.
+    """
     if not (submissions := record.submissions()):
-        return
-    for job in alive(commands.find_jobs(submissions), but=WORKERS):
-        raise StateError(
-            f"the run in {record.state_dir} has job {job.id} ({job.role}), which is {job.state}; "
-            f"look at it with {_PROGRAM} status, or end it with {_PROGRAM} stop "
-            f"{quoted(record.state_dir)}"
-        )
+        return []
+    jobs = alive(commands.find_jobs(submissions))
+    for job in jobs:
+        if job.role != WORKERS:
+            raise StateError(
+                f"the run in {record.state_dir} has job {job.id} ({job.role}), which is "
+                f"{job.state}; look at it with {_PROGRAM} status, or end it with {_PROGRAM} stop "
+                f"{quoted(record.state_dir)}"
+            )
+    return jobs
 
 
 def _submit_one(record: Record, name: str, options: Sequence[str], count: int) -> Submission:
@@ -276,12 +284,12 @@ def _add_workers(argv: Sequence[str]) -> ExitCode:
     for option in args.sbatch_arg:
         check_sbatch_option(option, "--sbatch-arg")
     with record.begin():
-        if not alive(commands.find_jobs(record.submissions()), but=WORKERS):
+        if all(job.role == WORKERS for job in alive(commands.find_jobs(record.submissions()))):
             raise StateError(
                 f"the run in {record.state_dir} has no server job that is waiting or running; go "
                 f"on with: {_resume_command(record)} --worker-jobs {args.count}"
             )
-        options = [*args.sbatch_arg, f"--array=1-{args.count}"]
+        options = [*args.sbatch_arg, *_array({WORKERS: args.count}, WORKERS)]
         submission = _submit_one(record, WORKERS, options, args.count)
     print(_submitted_text(submission, script.read_text("utf-8", "surrogateescape")))
     return ExitCode.COMPLETE

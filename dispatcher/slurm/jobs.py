@@ -138,9 +138,9 @@ def parse_sacct(text: str, submissions: Iterable[Submission]) -> list[Job]:
 # -------------------------------------------------------------------- which to end
 
 
-def alive(jobs: Iterable[Job], *, but: str | None = None) -> list[Job]:
-    """Return the jobs that wait, run or are ending; of every role but this one."""
-    return [job for job in jobs if not job.is_over and job.role != but]
+def alive(jobs: Iterable[Job]) -> list[Job]:
+    """Return the jobs that wait, run or are ending."""
+    return [job for job in jobs if not job.is_over]
 
 
 def to_remove(jobs: Iterable[Job], count: int) -> list[Job]:

@@ -277,7 +277,7 @@ def test_a_run_has_one_server(fake: Fake, said: Any, refused: Any) -> None:
             assert f"has job 11 (server), which is {state}; look at it with" in text
             assert "dispatcher slurm stop" in text
     fake.change("11", state="FAILED")
-    said("start", *FILES)
+    assert "worker jobs from before go on beside them: 12_1\n" in said("start", *FILES)
     assert [job["job"] for job in submitted()] == ["11", "12", "13", "14"]
 
 
