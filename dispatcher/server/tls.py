@@ -184,7 +184,7 @@ def _by_cryptography() -> bytes:
         .issuer_name(name)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now)
+        .not_valid_before(now - datetime.timedelta(days=1))  # clocks of nodes differ
         .not_valid_after(now + datetime.timedelta(days=_LIFETIME_DAYS))
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
