@@ -13,10 +13,9 @@ import ssl
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from tests.support import serving
 from tests.support.processes import Server, dispatcher_server, run_python, running, wait_until
 from tests.support.scripted import Script, Send, both, scripted
 from tests.support.serving import QUICK, SOON_S, Running, head, run
+from tests.support.squatter import SQUATTERS, squatting
 
 TOKEN, PROMPT, ANSWER = "t" * 43, "a prompt nobody may see", "an answer nobody may see"
 AWAY = WorkStatus.SERVER_UNAVAILABLE
@@ -398,71 +398,6 @@ def test_a_certificate_that_the_system_trusts_needs_no_fingerprint(
 
 
 # --- squatters ----------------------------------------------------------------------------------
-
-
-class Squatter:
-    """Has the port that was the server's, answers as it likes, and keeps every byte it is sent.
-
-    `heard` is what came outside of TLS, or inside once its handshake was done.
-    """
-
-    def __init__(self, kind: str, context: ssl.SSLContext, port: int) -> None:
-        self._kind = kind
-        self._context = context
-        self._listener = socket.create_server(("127.0.0.1", port))
-        self._listener.settimeout(0.05)
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._ends = threading.Event()
-        self._threads: list[threading.Thread] = []
-        self.heard = b""
-        self.met = 0
-        self._start(self._accept)
-
-    def close(self) -> None:
-        """Return once nothing more can be heard."""
-        self._ends.set()
-        for thread in self._threads:
-            thread.join(10)
-        self._listener.close()
-
-    def _start(self, target: Callable[..., None], *arguments: Any) -> None:
-        thread = threading.Thread(target=target, args=arguments, daemon=True)
-        self._threads.append(thread)
-        thread.start()
-
-    def _accept(self) -> None:
-        while not self._ends.is_set():
-            with suppress(TimeoutError):
-                connection, _ = self._listener.accept()
-                self.met += 1
-                self._start(self._listen_to, connection)
-
-    def _listen_to(self, connection: socket.socket) -> None:
-        connection.settimeout(5.0)
-        with suppress(OSError):
-            if "certificate" in self._kind:
-                connection = self._context.wrap_socket(connection, server_side=True)
-            body = b'{"status": "OK", "items": [{"work_id": 0, "content": "x"}]}'
-            reply = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
-            with connection:
-                if self._kind == "speaks first":
-                    connection.sendall(reply)
-                while part := connection.recv(1 << 16):
-                    self.heard += part
-                    if self._kind != "silent":
-                        connection.sendall(reply)
-
-
-SQUATTERS = ["another certificate", "plain HTTP", "speaks first", "silent"]
-
-
-@contextmanager
-def squatting(kind: str, theirs: Tls, port: int = 0) -> Iterator[Squatter]:
-    squatter = Squatter(kind, theirs.context, port)
-    try:
-        yield squatter
-    finally:
-        squatter.close()
 
 
 @both

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import http.client
 import json
+import ssl
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+from dispatcher.server.tls import own_tls
+from dispatcher.server_file import fingerprint_of, read_server_file
 from tests.slurm.cluster import Cluster, Job
 from tests.slurm.runs import SlurmRun
 from tests.support.processes import wait_until
+from tests.support.squatter import SQUATTERS, squatting
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -28,6 +34,12 @@ for word; do
 done
 exec {python} -m dispatcher.fakellm --api-key-env VLLM_API_KEY "$@"
 """
+
+OF_THE_PROTOCOL = [
+    *(("GET", path) for path in ("/healthz", "/status", "/metrics", "/work", "/nothing")),
+    *(("POST", path) for path in ("/work", "/results", "/release", "/heartbeat", "/steps")),
+    ("POST", "/work_timeout"),
+]
 
 
 def submit_server(cluster: Cluster, run: SlurmRun) -> Job:
@@ -94,6 +106,51 @@ def test_workers_that_start_after_the_end_exit_0_at_once(cluster: Cluster, tmp_p
     assert late.state == "COMPLETED"
     assert "the run is complete, there is nothing to do" in late.log
     assert not (run.state_dir / "logs" / f"{late.id}.0").exists()
+
+
+def asked_by_a_stranger(host: str, port: int, method: str, path: str) -> tuple[int, str]:
+    """Return the status that one gets who knows only the port, and the server's fingerprint."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    connection = http.client.HTTPSConnection(host, port, timeout=10, context=context)
+    try:
+        connection.request(method, path, "{}" if method == "POST" else None)
+        shown = connection.sock.getpeercert(binary_form=True)
+        return connection.getresponse().status, fingerprint_of(shown)
+    finally:
+        connection.close()
+
+
+def test_a_stranger_is_told_nothing_and_who_takes_the_port_of_a_server_that_left_hears_nothing(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run = SlurmRun(tmp_path / "run", 800)
+    server, workers = submit_server(cluster, run), submit_workers(cluster, run, "--array=1-2")
+    run.until_done(50)
+    found = read_server_file(run.state_dir)
+    address = urlsplit(found.url)
+    assert address.scheme == "https"
+    assert address.hostname
+    assert address.port
+    for method, path in OF_THE_PROTOCOL:
+        status, shown = asked_by_a_stranger(address.hostname, address.port, method, path)
+        assert (status, shown) == (200 if path == "/healthz" else 401, found.fingerprint)
+
+    elements = workers.elements()
+    cluster.run("scancel", server.id)
+    wait_until(lambda: not cluster.processes(SLURM_JOB_ID=server.id), "the server's end", 60)
+    for kind in SQUATTERS[:2]:
+        theirs = own_tls(tmp_path)
+        with squatting(kind, theirs, address.port, "0.0.0.0") as squatter:
+            wait_until(lambda s=squatter: s.met >= 3, f"three calls to {kind}", 60)
+        assert found.token is not None
+        for secret in (found.token, "HTTP/1.1", "Authorization", "line "):
+            assert secret.encode() not in squatter.heard
+
+    again = submit_server(cluster, run)
+    assert again.wait() == 0, again.log
+    assert [element.wait() for element in elements] == [0, 0]
+    run.check()
 
 
 @pytest.mark.parametrize("bound_by", ["the launcher", "Slurm"])
