@@ -16,10 +16,11 @@ from typing import Any, NoReturn
 
 import yaml
 
+from dispatcher.core.failures import LEAST_LINES, NO_LIMIT, parse_failure_limit
 from dispatcher.core.work_queue import QueuePolicy
 from dispatcher.errors import UsageError
 
-NOT_IN_A_FILE = ("--help", "--config", "--resume", "--accept-changes")
+NOT_IN_A_FILE = ("--help", "--config", "--resume", "--accept-changes", "--accept-failures")
 """Options that only a command line can hold: each is about that one start."""
 
 
@@ -28,7 +29,8 @@ class RunSettings:
     """One run: its files, its limits. Times are in seconds, sizes in bytes.
 
     `command` is how the run was started, as run.yaml keeps it (run_command.py); None where nobody
-    says. With `accept_changes` a run goes on although its task is another one now.
+    says. With `accept_changes` a run goes on although its task is another one now, with
+    `accept_failures` its failed lines are counted anew.
     """
 
     infile: Path
@@ -42,6 +44,7 @@ class RunSettings:
     checkpoint_every_bytes: int = 64 << 20
     command: Mapping[str, Any] | None = None
     accept_changes: bool = False
+    accept_failures: bool = False
 
 
 def default_state_dir(outfile: Path) -> Path:
@@ -239,6 +242,15 @@ def number(
     return convert
 
 
+def failure_limit(text: str) -> str:
+    """Check a `--max-failures`. Raises argparse.ArgumentTypeError."""
+    try:
+        parse_failure_limit(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def add_run_limits(parser: Parser) -> None:
     """Add the options every command that owns a run has: server, file mode and `run`."""
     group = parser.add_argument_group("limits")
@@ -255,6 +267,22 @@ def add_run_limits(parser: Parser) -> None:
         default=3,
         metavar="N",
         help="charged reissues of an item before it becomes an __ERROR__ line; -1: no limit",
+    )
+    group.add_argument(
+        "--max-failures",
+        type=failure_limit,
+        default=NO_LIMIT,
+        metavar="N|P%%|off",
+        help="pause the run when more lines than this became __ERROR__ lines: a number, as 200, "
+        f"or a share of the lines finished so far, as 5%%, which counts from {LEAST_LINES} lines "
+        "on; a server then hands out nothing more until it is told to go on, a command without "
+        "one ends with exit code 3",
+    )
+    group.add_argument(
+        "--accept-failures",
+        action="store_true",
+        help="go on with a run that --max-failures paused: the lines that failed until this start "
+        "stay as they are, and count no more",
     )
     group.add_argument(
         "--lease-term",
@@ -305,6 +333,7 @@ def policy_of(args: argparse.Namespace) -> QueuePolicy:
     """Build the queue's policy from the options of `add_run_limits`."""
     return QueuePolicy(
         max_retries=args.max_retries,
+        max_failures=args.max_failures,
         work_timeout_s=args.work_timeout,
         lease_term_s=args.lease_term,
         window=args.window,
@@ -331,4 +360,5 @@ def run_settings_of(
         max_line_bytes=args.max_line_bytes,
         command=command,
         accept_changes=getattr(args, "accept_changes", False),
+        accept_failures=args.accept_failures,
     )

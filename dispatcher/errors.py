@@ -17,6 +17,7 @@ DispatcherError                 exit code 1
 │   ├── BackendRefusalError     it refuses whatever this run asks: starting again is in vain
 │   │   └── AuthenticationError   it refused the API key (401)
 │   └── QuotaExhaustedError     exit code 3: its quota is used up; go on when there is more
+├── RunPausedError              exit code 3: more lines failed than --max-failures allows
 ├── ServerLostError             exit code 5: the dispatcher server stayed away too long
 ├── SlurmError                  one of Slurm's commands is missing, refused or did not answer
 └── TaskError                   raised by tasks, caught where a task is run
@@ -122,6 +123,12 @@ class QuotaExhaustedError(BackendError):
     Nothing is wrong with the items: the worker gives them back uncharged and stops. The message
     says when to go on, where the server told.
     """
+
+    exit_code = ExitCode.STOPPED
+
+
+class RunPausedError(DispatcherError):
+    """More lines failed than may, and nobody is there to be asked: what is done stays."""
 
     exit_code = ExitCode.STOPPED
 

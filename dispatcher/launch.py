@@ -34,6 +34,7 @@ from dispatcher.errors import (
     DispatcherError,
     ExitCode,
     QuotaExhaustedError,
+    RunPausedError,
     UsageError,
 )
 from dispatcher.progress import Display, clock, make_display, model_lines
@@ -69,6 +70,7 @@ _RESTART_DELAY_S = 1.0
 _SERVER_READY_S = 120.0
 _WORKERS_STOP_S = 3.0
 _SERVER_STOP_S = 1.5
+_ACCEPT_FAILURES = "--accept-failures"
 _READY = r"dispatcher-server: (?:run \S+ at (http\S+)|(the run is complete))"
 
 
@@ -251,6 +253,8 @@ class LocalRun:
 
     async def _work(self) -> None:
         if await self._start_server():
+            self._client = AsyncWorkClient(self._address, timeout_s=_STATUS_TIMEOUT_S)
+            self._refuse_if_paused(await self._client.status())
             await self._start_workers()
             await self._watch()
 
@@ -266,10 +270,11 @@ class LocalRun:
             failure = DispatcherError(self._server.last_words())
             failure.exit_code = ExitCode(code) if code in (1, 2) else ExitCode.ERROR
             raise failure from error
+        # Should it die and be started again, failures since this start count.
+        self._server.argv = [word for word in self._server.argv if word != _ACCEPT_FAILURES]
         return ready[1] is not None
 
     async def _start_workers(self) -> None:
-        self._client = AsyncWorkClient(self._address, timeout_s=_STATUS_TIMEOUT_S)
         for number_ in range(self._args.task_managers):
             name = f"task-manager-{number_}"
             argv = self._worker_argv(self._log_dir / name)
@@ -288,6 +293,7 @@ class LocalRun:
             if status:
                 self._status = status
                 self._display.show(status, time.monotonic())
+                self._refuse_if_paused(status)
             if ended:
                 return  # and this status holds the totals that the workers left behind
             complete = self._status.get("state") == "complete"
@@ -296,6 +302,18 @@ class LocalRun:
             await asyncio.sleep(_POLL_S)
 
     # ---------------------------------------------------------------- inside
+
+    def _refuse_if_paused(self, status: Mapping[str, Any] | None) -> None:
+        """Raise RunPausedError when too many lines failed: nobody is here to go on with it."""
+        if status and status.get("state") == "paused":
+            paused = status["paused"]
+            line = (paused.get("cause") or {}).get("line")
+            words = ["dispatcher", "runs", str(self._state_dir)]
+            look = shlex.join(words if line is None else [*words, "--item", str(line)])
+            raise RunPausedError(
+                f"{paused['message']}; look with: {look}; mend the cause, then go on with: "
+                f"{self._resume_hint} --accept-failures (or a higher --max-failures)"
+            )
 
     def _running_workers(self) -> list[Child]:
         return [worker for worker in self._workers if worker.process.exit_code is None]

@@ -15,11 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, TypeVar
 
 import msgspec
 
 from dispatcher.config import RunSettings
+from dispatcher.core.failures import FailureTrend, Jump, Pause
 from dispatcher.core.results import error_kind, lease_serials, valid_results
 from dispatcher.core.work_queue import (
     CRASH,
@@ -114,7 +116,8 @@ class DispatchService:
     """One run: hands out its lines, takes its results, keeps it on disk.
 
     `finished` is set when the output is complete and synced. `failure` is set when the run
-    cannot go on in this process; every verb raises it from then on.
+    cannot go on in this process; every verb raises it from then on. `paused` is set while nothing
+    is handed out because more lines failed than may.
     """
 
     def __init__(
@@ -134,6 +137,8 @@ class DispatchService:
         self.stopped = asyncio.Event()
         self.workers_told: set[str] = set()
         self.worker_totals = WorkerTotals()
+        self.failure_trend = FailureTrend()
+        self.paused = asyncio.Event()
         self.queue = WorkQueue(settings.policy)
         self.invalid_results = 0
         self.duplicate_results = 0
@@ -187,7 +192,10 @@ class DispatchService:
         if run.is_complete:
             self.finished.set()
             return
+        if self.settings.accept_failures:
+            self.queue.accept_failures()
         self._note_input_end()
+        self._watch_failures()
         self._tasks += [
             asyncio.create_task(self._guard(self._commit_forever())),
             asyncio.create_task(self._guard(self._tick_forever())),
@@ -400,11 +408,28 @@ class DispatchService:
             done=verdict.done,
             lost=verdict.lost,
             back=verdict.back,
+            pause=queue.pause is not None,
         )
 
     def set_work_timeout(self, timeout_s: float) -> None:
         """Change the work timeout, also for items already handed out."""
         self.queue.set_work_timeout(timeout_s, self._clock.now())
+
+    async def change_failure_limit(self, limit: str | None, *, accept: bool) -> Pause | None:
+        """Let so many lines fail from now on, or accept those that failed so far, or both.
+
+        Return the pause in which the run is nevertheless. Raises ValueError for what is no limit.
+        """
+        self._check_usable()
+        queue = self.queue
+        if limit is not None:
+            queue.set_max_failures(limit)
+        if accept:
+            queue.accept_failures()
+        self._watch_failures()
+        self._notify()
+        await self._barrier(queue)
+        return queue.pause
 
     def reported(self) -> WorkerStats:
         """Return what the workers reported since this server started, added up."""
@@ -414,9 +439,6 @@ class DispatchService:
     def status(self) -> dict[str, Any]:
         """Return what a person wants to know; the first six names are those of older servers."""
         queue, counters, reported = self.queue, self.queue.counters, self.reported()
-        state = (
-            "complete" if self.finished.is_set() else "draining" if self._draining else "running"
-        )
         return {
             "last_processed_work_id": queue.first_open - 1,
             "next_work_id": queue.next_work_id,
@@ -424,7 +446,7 @@ class DispatchService:
             "pending": queue.waiting_count,
             "heap_size": queue.ready_count,
             "expired_reissues": counters.expired,
-            "state": state,
+            "state": self._state(),
             "run": self.run_id,
             "epoch": self.epoch,
             "done": counters.done,
@@ -456,8 +478,18 @@ class DispatchService:
             "longest_step_s": reported.longest_step_s,
             "work_timeout_s": queue.policy.work_timeout_s,
             "max_retries": queue.policy.max_retries,
+            "max_failures": queue.max_failures,
+            "paused": _facts_of(queue.pause),
+            "failure_warning": _facts_of(self.failure_trend.jump),
             "output_error": self._writer.output_error if self._writer else None,
         }
+
+    def _state(self) -> str:
+        if self.finished.is_set():
+            return "complete"
+        if self._draining:
+            return "draining"
+        return "paused" if self.queue.pause is not None else "running"
 
     def _total(self) -> int:
         """Estimate the number of lines from the bytes read so far; exact once all were read."""
@@ -632,6 +664,7 @@ class DispatchService:
         """Give condemned items their tombstone, and let waiting calls see what became ready."""
         if self.queue.condemned:
             await self._bury_condemned()
+        self._watch_failures()
         self._queue_events()
         if self.queue.ready_count or self.queue.is_complete:
             self._notify()
@@ -882,6 +915,7 @@ class DispatchService:
             self.queue.expire(now)
             self.worker_totals.forget_all_but(self.queue.workers)
             await self._bury_condemned()
+            self._watch_failures()
             self._queue_events()
             assert self._writer is not None
             if (
@@ -890,6 +924,22 @@ class DispatchService:
             ):
                 self._work_queued.set()
             self._notify()  # an idle worker may get a copy of an item that runs too long
+
+    def _watch_failures(self) -> None:
+        """Say it when lines suddenly fail, and when so many did that the run pauses."""
+        queue, counters, trend = self.queue, self.queue.counters, self.failure_trend
+        before = trend.jump
+        trend.note(counters.done, counters.failed, counters.errors, queue.latest_failed)
+        if trend.jump is not None and before is None:
+            log.warning("suddenly more lines fail: %s", trend.jump)
+        elif trend.jump is None and before is not None:
+            log.info("lines fail as rarely again as before")
+        if queue.pause is not None and not self.paused.is_set():
+            self.paused.set()
+            log.warning("%s; %s", queue.pause, _GO_ON)
+        elif queue.pause is None and self.paused.is_set():
+            self.paused.clear()
+            log.info("the run goes on")
 
     async def _confirm_forever(self) -> None:
         """Let others see that this process has the run, and notice when it has it no more."""
@@ -951,6 +1001,16 @@ class DispatchService:
             )
             self._stop(failure)
             raise failure from error
+
+
+_GO_ON = (
+    "what is under way may finish; mend the cause, then start the run again with --accept-failures "
+    "or a higher --max-failures, or tell the running server by POST /max_failures (PROTOCOL.md)"
+)
+
+
+def _facts_of(found: Pause | Jump | None) -> dict[str, Any] | None:
+    return asdict(found) | {"message": str(found)} if found is not None else None
 
 
 _NOT_KEPT = "the journal cannot be written (is the disk full?); nothing was changed, try again"

@@ -112,6 +112,23 @@ class Absolved(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="abso
     worker: str
 
 
+class FailureLimitSet(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="limit"):
+    """Somebody changed how many lines may fail while the run went on.
+
+    It holds as long as a start of the run names the limit that it took the place of.
+    """
+
+    limit: str
+    instead_of: str
+
+
+class FailuresAccepted(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="accept"):
+    """The lines that failed so far count no more against the limit: `failed` of `done` lines."""
+
+    done: int
+    failed: int
+
+
 class Watched(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="watch"):
     """The first heartbeat of the lease's worker came after the lease was given."""
 
@@ -141,6 +158,8 @@ Event = (
     | Stepped
     | StepsCut
     | Absolved
+    | FailureLimitSet
+    | FailuresAccepted
     | Joined
     | Left
 )
@@ -244,6 +263,15 @@ class Counters(msgspec.Struct):
             self.errors.pop(kind, None)
 
 
+class FailureState(msgspec.Struct, frozen=True, array_like=True):
+    """What was said about failed lines while the run went on; see the two events."""
+
+    accepted_done: int = 0
+    accepted_failed: int = 0
+    limit: str = ""
+    instead_of: str = ""
+
+
 class QueueState(msgspec.Struct, frozen=True):
     """The durable half of the queue, whole: what a checkpoint holds.
 
@@ -261,3 +289,4 @@ class QueueState(msgspec.Struct, frozen=True):
     items: list[ItemState]
     tombstoned: list[int] = []
     workers: list[str] = []
+    failures: FailureState = FailureState()

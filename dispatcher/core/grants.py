@@ -6,16 +6,19 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from dispatcher.core.failures import NO_LIMIT
+
 
 @dataclass(frozen=True, slots=True)
 class QueuePolicy:
     """Limits and times. `max_retries` -1 means never give up; `window` 0 means unlimited.
 
     `step_bytes` bound one recorded answer, those of an item, and those of all open items; 0 for
-    the last one: nothing is recorded.
+    the last one: nothing is recorded. `max_failures` is a FailureLimit as text.
     """
 
     max_retries: int = 3
+    max_failures: str = NO_LIMIT
     work_timeout_s: float = 1200.0
     lease_term_s: float = 30.0
     window: int = 0

@@ -31,6 +31,9 @@ from dispatcher.core.events import (
     Ended,
     EndKind,
     Event,
+    FailuresAccepted,
+    FailureLimitSet,
+    FailureState,
     Finished,
     Issued,
     ItemState,
@@ -48,6 +51,7 @@ from dispatcher.core.events import (
     Tombstoned,
     Watched,
 )
+from dispatcher.core.failures import Pause, commonest, parse_failure_limit
 from dispatcher.core.grants import (
     Grant,
     QueuePolicy,
@@ -98,11 +102,14 @@ class WorkQueue:
         self.next_offset = 0
         self.next_serial = 1
         self.counters = Counters()
+        self.failures = FailureState()
         self.items: dict[int, Item] = {}
         self.steps = StepBook()
         self._lines = LineStates()
         # Volatile.
         self.input_ended = False
+        self.pause: Pause | None = None
+        self.latest_failed: dict[str, int] = {}  # kind of error -> the last line that has it
         self.workers: dict[str, Worker] = {}
         self.leases: dict[int, Lease] = {}
         self.condemned: list[int] = []
@@ -125,6 +132,8 @@ class WorkQueue:
             Stepped: self._apply_stepped,
             StepsCut: self._apply_cut,
             Absolved: self._apply_absolved,
+            FailureLimitSet: self._apply_limit_set,
+            FailuresAccepted: self._apply_accepted,
             Joined: self._apply_joined,
             Left: self._apply_left,
         }
@@ -157,8 +166,8 @@ class WorkQueue:
         return self.next_work_id - self.first_open - len(self.items)
 
     def may_open(self) -> bool:
-        """Say whether a new line may be read: input left, and within the window."""
-        return not self.input_ended and self.window_room() > 0
+        """Say whether a new line may be read: input left, within the window, not paused."""
+        return not self.input_ended and self.pause is None and self.window_room() > 0
 
     def window_room(self) -> int:
         """How many more lines the window lets be read; more than anybody asks for without one."""
@@ -199,8 +208,10 @@ class WorkQueue:
 
         Items handed out before go first, lowest line first. One that was running when engines
         died goes out alone, so that the worker can run nothing else beside it (`solo` False: not
-        now).
+        now). While the run is paused there are none.
         """
+        if self.pause is not None:
+            return []
         if solo and (item := self._ready.take_solo()):
             return self._lease([item], worker, now)
         chosen: list[Item] = []
@@ -224,7 +235,9 @@ class WorkQueue:
         S. Ghemawat, "MapReduce", OSDI 2004, section 3.6, "backup tasks").
         """
         known = self.workers.get(worker)
-        if not self.policy.backups or known is None or not known.heartbeats:
+        if self.pause is not None or not self.policy.backups:
+            return []
+        if known is None or not known.heartbeats:
             return []
         grants: list[Grant] = []
         for lease in self._find_overdue(now):
@@ -271,6 +284,8 @@ class WorkQueue:
             [msgspec.Raw(arrival[2]) for arrival in taken],
         )
         self._record(event, now)
+        if event.errors:
+            self._pause_if_too_many_failed()
         return outcomes
 
     def _sort_out(self, arrivals: Sequence[Arrival]) -> tuple[list[Arrival], list[Outcome]]:
@@ -465,6 +480,7 @@ class WorkQueue:
             if item.history:
                 self._note_past(item, error)
             self._record(Tombstoned(work_id, error, msgspec.Raw(result)), now)
+            self._pause_if_too_many_failed()
 
     def _note_past(self, item: Item, outcome: str) -> None:
         worker = item.leases[0].worker if item.leases else ""
@@ -478,6 +494,43 @@ class WorkQueue:
     def note_written(self, first_unwritten: int) -> None:
         """Lines before this one stand in the output, where a tombstone is final."""
         self._lines.note_written(first_unwritten)
+
+    # ---------------------------------------------------------------- failed lines
+
+    @property
+    def max_failures(self) -> str:
+        """How many lines may fail before the run pauses, as text: a count, a share, or off."""
+        begun_with, said = self.policy.max_failures, self.failures
+        return said.limit if said.limit and said.instead_of == begun_with else begun_with
+
+    def set_max_failures(self, limit: str) -> None:
+        """Let so many lines fail from now on; a paused run goes on if that is enough.
+
+        Raises ValueError for what is no limit.
+        """
+        parse_failure_limit(limit)
+        self._record(FailureLimitSet(limit, self.policy.max_failures), now=0.0)
+        self._judge_failures_again()
+
+    def accept_failures(self) -> None:
+        """Count failed lines anew from here, as if none had failed; a paused run goes on."""
+        self._record(FailuresAccepted(self.counters.done, self.counters.failed), now=0.0)
+        self._judge_failures_again()
+
+    def _judge_failures_again(self) -> None:
+        self.pause = None
+        self._pause_if_too_many_failed()
+
+    def _pause_if_too_many_failed(self) -> None:
+        """Once paused, a run stays so until somebody who looked at the cause says otherwise."""
+        counters, said = self.counters, self.failures
+        if self.pause is not None or self.is_complete:
+            return
+        done, failed = counters.done - said.accepted_done, counters.failed - said.accepted_failed
+        limit = self.max_failures
+        if parse_failure_limit(limit).is_exceeded(failed, done):
+            cause = commonest(counters.errors, self.latest_failed)
+            self.pause = Pause(limit, failed, done, cause)
 
     # ---------------------------------------------------------------- workers and time
 
@@ -544,6 +597,7 @@ class WorkQueue:
             items=[self._item_state(item) for item in self.items.values()],
             tombstoned=self._lines.tombstones(),
             workers=sorted(w.name for w in self.workers.values() if w.heartbeats),
+            failures=self.failures,
         )
 
     def _item_state(self, item: Item) -> ItemState:
@@ -570,6 +624,7 @@ class WorkQueue:
         self._lines = LineStates(state.first_open, state.next_work_id, state.tombstoned)
         self.next_offset, self.next_serial = state.next_offset, state.next_serial
         self.counters = state.counters.copy()
+        self.failures = state.failures
         for name in state.workers:
             self._know(name, now).heartbeats = True
         for saved in state.items:
@@ -609,6 +664,7 @@ class WorkQueue:
                 if _is_blame(ended, ended.worker):
                     self._blamed.setdefault(ended.worker, []).append(item.work_id)
         self.set_work_timeout(self.policy.work_timeout_s, now)
+        self._judge_failures_again()
 
     def adopt_workers(self, others: Iterable[Worker], now: float) -> None:
         """After a rebuild in a living process: keep what was known of the workers."""
@@ -665,11 +721,13 @@ class WorkQueue:
         self.counters.done += len(event.work_ids)
         for kind, failed in event.errors.items():
             self.counters.add_errors(kind, len(failed))
+            self._note_failed(kind, failed[-1])
         self.steps.apply(event)
 
     def _apply_tombstoned(self, event: Tombstoned, now: float) -> None:
         self.counters.done += 1
         self.counters.add_errors(event.error, 1)
+        self._note_failed(event.error, event.work_id)
         by_error = self.counters.tombstones
         by_error[event.error] = by_error.get(event.error, 0) + 1
         # A line that was refused stays so; only an item out of reissues may still get a late
@@ -682,6 +740,20 @@ class WorkQueue:
             self._lines.bury(event.work_id)
         else:
             self._lines.finish([event.work_id])
+
+    def _note_failed(self, kind: str, work_id: int) -> None:
+        if kind in self.counters.errors:  # which are bounded
+            self.latest_failed[kind] = work_id
+
+    def _apply_limit_set(self, event: FailureLimitSet, now: float) -> None:
+        self.failures = msgspec.structs.replace(
+            self.failures, limit=event.limit, instead_of=event.instead_of
+        )
+
+    def _apply_accepted(self, event: FailuresAccepted, now: float) -> None:
+        self.failures = msgspec.structs.replace(
+            self.failures, accepted_done=event.done, accepted_failed=event.failed
+        )
 
     def _apply_watched(self, event: Watched, now: float) -> None:
         if lease := self.leases.get(event.serial):
@@ -932,7 +1004,14 @@ class WorkQueue:
                 self._record(Absolved(work_id, worker.name), now)
 
     def _call_back(self, now: float) -> None:
-        """Ask slow workers for unstarted items when others are idle and nothing else is left."""
+        """Ask slow workers for unstarted items when others are idle and nothing else is left.
+
+        While the run is paused, ask all workers for all of them: what is not begun cannot fail.
+        """
+        if self.pause is not None:
+            for lease in self.leases.values():
+                lease.recalled = lease.recalled or lease.unstarted
+            return
         if not self.policy.backups or self.ready_count or self.may_open():
             return
         idle = {w.name: w.idle_want for w in self.workers.values() if w.idle_want}

@@ -54,6 +54,13 @@ class WorkTimeout(msgspec.Struct):
     timeout: float
 
 
+class MaxFailures(msgspec.Struct):
+    """Body of POST /max_failures."""
+
+    limit: str | int | None = None
+    accept: bool = False
+
+
 def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -> web.Application:
     """Build the application around one run."""
     app = web.Application(client_max_size=access.BODY_BYTES)
@@ -68,6 +75,7 @@ def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -
             web.post("/steps", post_steps),
             web.get("/status", get_status),
             web.post("/work_timeout", post_work_timeout),
+            web.post("/max_failures", post_max_failures),
             web.get("/metrics", get_metrics),
             web.get("/healthz", get_health),
             web.get("/", get_page),
@@ -226,7 +234,7 @@ async def get_status(request: web.Request) -> web.Response:
     """GET /status"""
     service = request.app[SERVICE]
     queue = service.queue
-    blocked = queue.policy.window > 0 and not queue.input_ended and not queue.may_open()
+    blocked = queue.policy.window > 0 and not queue.input_ended and queue.window_room() <= 0
     return _json({**service.status(), "blocked_by_window": blocked})
 
 
@@ -239,6 +247,23 @@ async def post_work_timeout(request: web.Request) -> web.Response:
         raise BadRequestError('"timeout" must be seconds above 0')
     request.app[SERVICE].set_work_timeout(timeout_s)
     return _json({"status": "OK", "message": f"the work timeout is {timeout_s:g} seconds now"})
+
+
+async def post_max_failures(request: web.Request) -> web.Response:
+    """POST /max_failures"""
+    if request.app[GATE].role(request.headers.get(hdrs.AUTHORIZATION)) is not ADMIN:
+        raise AccessDeniedError(access.NOT_ADMIN)
+    body = access.decode(await request.read(), MaxFailures)
+    if body.limit is None and not body.accept:
+        raise BadRequestError('give "limit", as 200, "5%" or "off", or "accept": true, or both')
+    limit = str(body.limit) if body.limit is not None else None
+    service = request.app[SERVICE]
+    try:
+        pause = await service.change_failure_limit(limit, accept=body.accept)
+    except ValueError as error:
+        raise BadRequestError(f'"limit": {error}') from error
+    said = f"the limit is {service.queue.max_failures} now"
+    return _json({"status": "OK", "message": f"still {pause}" if pause is not None else said})
 
 
 async def get_metrics(request: web.Request) -> web.Response:

@@ -12,6 +12,8 @@ import msgspec
 
 from dispatcher.core.events import (
     Absolved,
+    FailureLimitSet,
+    FailuresAccepted,
     Finished,
     Issued,
     Joined,
@@ -78,6 +80,8 @@ Record = (
     | Stepped
     | StepsCut
     | Absolved
+    | FailureLimitSet
+    | FailuresAccepted
     | Joined
     | Left
 )

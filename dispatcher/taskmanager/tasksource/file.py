@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 
 from dispatcher.config import RunSettings
-from dispatcher.errors import StorageFullError
+from dispatcher.errors import RunPausedError, StorageFullError
 from dispatcher.models import (
     BatchResultResponse,
     BatchWorkResponse,
@@ -114,15 +115,25 @@ class FileTaskSource(LeasedSource):
             stats=stats,
         )
         self._beats: asyncio.Task[None] | None = None
+        self._pausing: asyncio.Task[None] | None = None
 
     async def start(self, wanted: Callable[[], int]) -> None:
         """Take up the run where it stands; `open` was called before."""
         self._beats = asyncio.ensure_future(self._beat_forever())
+        self._pausing = asyncio.ensure_future(self._end_when_paused())
+        self._pausing.add_done_callback(self._note_end)
         await super().start(wanted)
 
     async def open(self) -> None:
-        """Open the run's files, before anything expensive is started."""
+        """Open the run's files, before anything expensive is started.
+
+        Raises RunPausedError when it is paused.
+        """
         await self.service.start()
+        if self.service.paused.is_set():
+            error = self._paused_error()
+            await self.service.close()
+            raise error
 
     async def give_back(self, assignments: list[Assignment], reason: str) -> None:
         """Release everything and write a checkpoint."""
@@ -143,11 +154,25 @@ class FileTaskSource(LeasedSource):
             raise failure
 
     async def _end(self) -> None:
+        if self._pausing is not None:
+            self._pausing.cancel()
         if self._beats is not None:
             self._beats.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._beats
         await self.service.close()
+
+    async def _end_when_paused(self) -> None:
+        """End the worker: a server would wait for somebody who looks, but here nobody can speak."""
+        await self.service.paused.wait()
+        raise self._paused_error()
+
+    def _paused_error(self) -> RunPausedError:
+        return RunPausedError(
+            f"{self.service.queue.pause}; mend the cause, then start the same command, or --resume "
+            f"{shlex.quote(str(self.service.settings.state_dir))}, with --accept-failures or a "
+            "higher --max-failures"
+        )
 
     async def _beat_forever(self) -> None:
         while True:
