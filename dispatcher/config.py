@@ -20,7 +20,10 @@ from dispatcher.core.failures import LEAST_LINES, NO_LIMIT, parse_failure_limit
 from dispatcher.core.work_queue import QueuePolicy
 from dispatcher.errors import UsageError
 
-NOT_IN_A_FILE = ("--help", "--config", "--resume", "--accept-changes", "--accept-failures")
+NOT_IN_A_FILE = (
+    *("--help", "--config", "--resume", "--accept-changes", "--accept-failures"),
+    *("--preview", "--preview-full"),
+)
 """Options that only a command line can hold: each is about that one start."""
 
 

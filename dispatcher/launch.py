@@ -37,6 +37,7 @@ from dispatcher.errors import (
     RunPausedError,
     UsageError,
 )
+from dispatcher.preview.command import add_preview_options, preview
 from dispatcher.progress import Display, clock, make_display, model_lines
 from dispatcher.run_command import (
     LOCAL_RUN,
@@ -61,6 +62,7 @@ from dispatcher.taskmanager.cli import (
     STOPPED,
     add_task_options,
     describe_command,
+    task_code_still_runs,
 )
 
 _POLL_S = 0.5
@@ -82,7 +84,7 @@ def build_parser() -> Parser:
         "shows how it goes, and ends with the output complete. The same command, or --resume, "
         "goes on where it was stopped.",
         epilog="exit codes: 0 complete, 1 error, 2 usage, 3 stopped and resumable, 4 complete "
-        "with __ERROR__ lines",
+        "with __ERROR__ lines (of a preview as well)",
     )
     add_task_options(parser)
     files = parser.add_argument_group("files")
@@ -90,7 +92,7 @@ def build_parser() -> Parser:
         "--input", type=Path, required=True, metavar="FILE", help="input, one item a line"
     )
     files.add_argument(
-        "--output", type=Path, required=True, metavar="FILE", help="output, one result a line"
+        "--output", type=Path, metavar="FILE", help="output, one result a line; required to run"
     )
     files.add_argument(
         "--state", type=Path, metavar="DIR", help="state directory (default: OUTPUT.dispatch)"
@@ -103,6 +105,7 @@ def build_parser() -> Parser:
         metavar="N",
         help="task manager processes, each with a model server of its own",
     )
+    add_preview_options(parser)
     add_resume_options(parser, has_task=True)
     add_backend_options(parser)
     add_run_limits(parser)
@@ -113,15 +116,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     noted: Path | None = None
     try:
-        start = read_start(LOCAL_RUN, build_parser(), argv)
+        parser = build_parser()
+        start = read_start(LOCAL_RUN, parser, argv)
+        # This run has a token of its own, which its processes find in server.json; another's is
+        # none of their business, let alone of the model servers that they start.
+        os.environ.pop(TOKEN_VARIABLE, None)
+        if start.args.preview is not None:
+            return _preview(start)
+        if start.args.output is None:
+            parser.error("the following arguments are required: --output")
         slices = _check(start)
         command = describe_command(start)
         if command is not None:
             note_start(run_settings_of(start.args, start.args.input, start.args.output, command))
             noted = _state_dir_of(start.args)
-        # This run has a token of its own, which its processes find in server.json; another's is
-        # none of their business, let alone of the model servers that they start.
-        os.environ.pop(TOKEN_VARIABLE, None)
         sections = sections_of(start.args)
         with handing_over(command, start.args.accept_changes, sections) as handed:
             return uvloop.run(LocalRun(start.args, handed, slices).run())
@@ -132,6 +140,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"; go on with: {resume_hint(LOCAL_RUN, noted)}" if noted else ""
         print(f"dispatcher run: stopped before anything was handed out{hint}", file=sys.stderr)
         return ExitCode.STOPPED
+
+
+def _preview(start: Start) -> int:
+    code = preview(start)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if task_code_still_runs():
+        # It blocks, perhaps for good; tearing the interpreter down under it could crash.
+        os._exit(code)
+    return code
 
 
 def _check(start: Start) -> list[dict[str, str]]:

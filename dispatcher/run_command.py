@@ -36,7 +36,10 @@ SERVER = "dispatcher-server"
 TASK_RUN = "dispatcher-task-run"
 
 _HANDED_OVER = "DISPATCHER_RUN_COMMAND"
-_OF_ONE_START = {"help", "config", "resume", "accept_changes", "accept_failures", "takeover"}
+_OF_ONE_START = {
+    *("help", "config", "resume", "accept_changes", "accept_failures", "takeover"),
+    *("preview", "preview_full"),
+}
 _OF_THE_TASK = {"task", "task_arg", "task_args"}
 _NOT_OPTIONS = _OF_ONE_START | _OF_THE_TASK
 _PACKAGES = ("vllm", "aiohttp", "msgspec", "openai")

@@ -35,6 +35,8 @@ FLOORS = [
     ("dispatcher.server", 4),
     ("dispatcher.taskmanager.cli", 5),
     ("dispatcher.taskmanager", 4),
+    ("dispatcher.preview", 5),
+    ("dispatcher.doctor", 6),
     ("dispatcher.launch", 6),
     ("dispatcher.cli", 6),
 ]

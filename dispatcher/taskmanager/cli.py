@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = ExitCode.STOPPED
     sys.stdout.flush()
     sys.stderr.flush()
-    if _task_code_still_runs():
+    if task_code_still_runs():
         # It blocks, perhaps for good; tearing the interpreter down under it could crash.
         os._exit(code)
     return code
@@ -208,7 +208,7 @@ def _load_task(start: Start, command: dict[str, Any] | None) -> type[Task]:
     return load_task(args.task, command["task"]["args"])
 
 
-def _task_code_still_runs() -> bool:
+def task_code_still_runs() -> bool:
     """Say whether a thread of task code did not end when its manager did."""
     threads = [thread for thread in threading.enumerate() if thread.name == THREAD_NAME]
     for thread in threads:
