@@ -15,6 +15,7 @@ _COMMANDS = {
     "server": ("dispatcher.server.cli", "serve a file's lines to task managers"),
     "task-run": ("dispatcher.taskmanager.cli", "run a task against a model server"),
     "runs": ("dispatcher.runs.cli", "list runs; what became of a line; failed lines out and in"),
+    "doctor": ("dispatcher.doctor.command", "check a set-up before a run, and say what to mend"),
     "slurm": ("dispatcher.slurm.cli", "submit a run to Slurm, look at its jobs, stop it"),
 }
 

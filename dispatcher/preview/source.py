@@ -156,7 +156,7 @@ class PreviewSource(WorkSource):
                     )
                 else:
                     record.notes.append(
-                        f"attempt {item.retry_count + 1}: the task asked to be tried again: {reason}"
+                        f"attempt {item.retry_count + 1} ended, to be tried again: {reason}"
                     )
                     item.retry_count += 1
                     item.attempt = item.retry_count + 1

@@ -134,7 +134,7 @@ def _make(
         return VLLMBackend(_engine_of(settings, gpus or {}), options)
     assert isinstance(settings, HostedSettings | VLLMSettings)
     return ExistingServer(
-        _endpoints_of(settings),
+        endpoints_of(settings),
         startup_timeout_s=settings.startup_timeout,
         limit=_first_limit(settings),
         limiter=_limiter_of(settings),
@@ -176,7 +176,8 @@ def _engine_of(settings: VLLMSettings, gpus: Mapping[str, str]) -> vllm.VLLMSett
     )
 
 
-def _endpoints_of(settings: HostedSettings | VLLMSettings) -> list[Endpoint]:
+def endpoints_of(settings: HostedSettings | VLLMSettings) -> list[Endpoint]:
+    """Return the servers that run already, each with the key that belongs to it."""
     # A key goes only where it belongs: a vLLM of one's own is not shown the hosted one's.
     variable = _VLLM_KEY
     if isinstance(settings, HostedSettings):

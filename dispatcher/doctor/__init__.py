@@ -1,0 +1,1 @@
+"""`dispatcher doctor`: looks at everything that a run needs, and says what to mend."""

@@ -1,0 +1,106 @@
+"""Is the input there, and are its lines what a task can be given?"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from dispatcher.doctor.finding import Finding, ok, problem, size_text, warning
+from dispatcher.storage.source import InputLine, LineSource, is_plain_file
+
+CHECK = "input"
+_WHOLE_BYTES = 4 << 20
+_PART_BYTES = 1 << 20
+_PART_LINES = 500
+_MANY_BAD = 0.2
+_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet"}
+_SHOWN_KEYS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What some lines of the input tell of all of it; `first` is the first that can be used."""
+
+    size_bytes: int
+    lines_in_all: float
+    is_whole: bool
+    first: InputLine | None
+
+
+def check_input(path: Path, max_line_bytes: int) -> tuple[Finding, Sample | None]:
+    """Look at lines of the beginning, the middle and the end. Raises UsageError or StateError."""
+    if path.exists() and not is_plain_file(path) and not path.is_dir():
+        return ok(CHECK, f"{path} is no file, so it is not looked at; a run copies it first"), None
+    source = LineSource(path, max_line_bytes)
+    try:
+        with path.open("rb") as file:
+            head = file.read(4)
+        for magic, kind in _COMPRESSED.items():
+            if head.startswith(magic):
+                said = f"{path} is {kind}, {size_text(source.size_bytes)}; its lines are not read"
+                return ok(CHECK, said, "dispatcher run --preview 3 shows some"), None
+        return _look(source)
+    finally:
+        source.close()
+
+
+def _look(source: LineSource) -> tuple[Finding, Sample | None]:
+    path, size = source.path, source.size_bytes
+    if not size:
+        return problem(CHECK, f"{path} is empty", "name another, or write lines to it"), None
+    parts, is_whole = _parts(source)
+    lines = [line for part in parts for line in part]
+    read = sum(line.next_offset - line.offset for line in lines)
+    in_all = len(lines) if is_whole else len(lines) * size / max(1, read)
+    bad = [(line, why) for line in lines if (why := _defect(line)) is not None]
+    good = [line for line in lines if line.defect is None]
+    usable = {line.offset for line in lines} - {line.offset for line, _ in bad}
+    first = next((line for line in good if line.offset in usable), None)
+    sample = Sample(size, in_all, is_whole, first)
+    about = "" if is_whole else "about "
+    what = f"{path}, {about}{in_all:,.0f} lines, {size_text(size)}"
+    looked = "all of them" if is_whole else f"{len(lines):,} of beginning, middle and end"
+    if not bad:
+        return ok(CHECK, f"{what}; {looked} are JSON objects{_keys(first)}"), sample
+    line, why = bad[0]
+    where = f"byte {line.offset:,}" + (" (the first line)" if line.offset == 0 else "")
+    found = f"{what}; {len(bad)} of {looked} cannot be used, as the one at {where}: {why}"
+    if len(bad) > _MANY_BAD * len(lines):
+        return problem(CHECK, found, "write one JSON object a line"), sample
+    return warning(CHECK, found, "each such line becomes an __ERROR__ line"), sample
+
+
+def _parts(source: LineSource) -> tuple[list[list[InputLine]], bool]:
+    """Return lines of three places of the input, or all, and whether they are all."""
+    size = source.size_bytes
+    if size <= _WHOLE_BYTES:
+        lines: list[InputLine] = []
+        offset = 0
+        while more := source.scan(offset, _PART_LINES, _PART_BYTES):
+            lines += more
+            offset = more[-1].next_offset
+        return [lines], True
+    head = source.scan(0, _PART_LINES, _PART_BYTES)
+    # From somewhere in a line on: the rest of that one tells nothing.
+    middle = source.scan(size // 2, _PART_LINES, _PART_BYTES)[1:]
+    tail = source.scan(size - _PART_BYTES, 1 << 20, _PART_BYTES)[1:]
+    return [head, middle, tail[-_PART_LINES:]], False
+
+
+def _defect(line: InputLine) -> str | None:
+    if line.defect is not None:
+        return line.defect.replace("_", " ")
+    try:
+        value = json.loads(line.text)
+    except (ValueError, RecursionError) as error:
+        return f"no JSON: {error}"
+    return None if isinstance(value, dict) else f"a JSON {type(value).__name__}, no object"
+
+
+def _keys(line: InputLine | None) -> str:
+    if line is None:
+        return ""
+    keys = list(json.loads(line.text))
+    more = f" and {len(keys) - _SHOWN_KEYS} more" if len(keys) > _SHOWN_KEYS else ""
+    return f" (keys of the first: {', '.join(map(ascii, keys[:_SHOWN_KEYS]))}{more})"
