@@ -275,7 +275,7 @@ def add_run_limits(parser: Parser) -> None:
         "--max-failures",
         type=failure_limit,
         default=NO_LIMIT,
-        metavar="N|P%%|off",
+        metavar="N|P%|off",
         help="pause the run when more lines than this became __ERROR__ lines: a number, as 200, "
         f"or a share of the lines finished so far, as 5%%, which counts from {LEAST_LINES} lines "
         "on; a server then hands out nothing more until it is told to go on, a command without "

@@ -197,7 +197,7 @@ def check_locks(directory: Path) -> Finding:
             finally:
                 lock.release()
             when_free = _tried_by_another(path)
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError, subprocess.SubprocessError) as error:
         said = getattr(error, "strerror", None) or str(error)
         return warning(check, f"there are none here: {said}", _WITHOUT_LOCKS)
     if (while_held, when_free) == ("held", "got"):

@@ -1108,6 +1108,7 @@ VALID_BODIES: dict[str, Any] = {
         ]
     },
     "/work_timeout": {"timeout": 5},
+    "/max_failures": {"limit": "5%"},
 }
 
 BODIES: dict[str, Callable[[bytes], bytes]] = {
@@ -1227,6 +1228,12 @@ FIELDS: dict[str, tuple[tuple[str, Any], str]] = {
     "a heartbeat with lag that is a string": (beat(lag_s="late"), "lag_s"),
     "a heartbeat with stats that are a list": (beat(stats=[1, 2]), "stats"),
     "a heartbeat with requests that are a string": (beat(stats={"requests": "1"}), "requests"),
+    "a limit of failures that is a fraction": (("/max_failures", {"limit": 0.05}), "limit"),
+    "a limit of failures that is no number": (("/max_failures", {"limit": "lots"}), "as 200"),
+    "a limit of failures below 0": (("/max_failures", {"limit": -1}), "as 200"),
+    "a limit of failures that is true": (("/max_failures", {"limit": True}), "limit"),
+    "no limit of failures": (("/max_failures", {}), "limit"),
+    "failures accepted by a number": (("/max_failures", {"accept": 1}), "accept"),
     "a work timeout of 0": (("/work_timeout", {"timeout": 0}), "timeout"),
     "a negative work timeout": (("/work_timeout", {"timeout": -1}), "timeout"),
     "a work timeout of minus zero": (("/work_timeout", {"timeout": -0.0}), "timeout"),

@@ -38,6 +38,7 @@ CALLS = [
     ("POST", "/release"),
     ("POST", "/heartbeat"),
     ("POST", "/work_timeout"),
+    ("POST", "/max_failures"),
     ("GET", "/status"),
     ("GET", "/metrics"),
     ("GET", "/nowhere"),
@@ -168,6 +169,17 @@ def test_what_changes_settings_wants_the_admin_token(server: Server) -> None:
     assert ask(server, "POST", "/work_timeout", server.admin_headers, body)[0] == 200
     # And it opens everything else too.
     assert ask(server, "GET", "/status", server.admin_headers)[1]["work_timeout_s"] == 77
+
+
+def test_how_many_lines_may_fail_is_changed_with_the_admin_token_alone(server: Server) -> None:
+    body = b'{"limit": 7, "accept": true}'
+    status, reply, _ = ask(server, "POST", "/max_failures", server.headers, body)
+    assert status == 403
+    assert "admin.token" in reply["message"]
+    assert ask(server, "GET", "/status", server.headers)[1]["max_failures"] == "off"
+    status, reply, _ = ask(server, "POST", "/max_failures", server.admin_headers, body)
+    assert (status, reply["message"]) == (200, "the limit is 7 now")
+    assert ask(server, "GET", "/status", server.headers)[1]["max_failures"] == "7"
 
 
 def test_a_client_with_the_wrong_token_is_told_what_to_give(server: Server) -> None:
