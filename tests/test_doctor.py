@@ -158,7 +158,8 @@ def test_lines_that_cannot_be_used_are_counted_and_the_first_is_named(tmp_path: 
     assert finding.status == "warning"
     assert "3 of all of them cannot be used" in finding.found
     assert "blank line" in finding.found
-    assert f"byte {path.read_bytes().index(b'\n\n') + 1:,}" in finding.found
+    blank_at = path.read_bytes().index(b"\n\n") + 1
+    assert f"byte {blank_at:,}" in finding.found
     assert sample is not None
     assert sample.first is not None
     assert sample.first.text == '{"q": 0}'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from dispatcher.taskmanager.backend.options import add_backend_options
 from dispatcher.taskmanager.backend.reading import backends_of
 from dispatcher.taskmanager.backend.request import Response
 from dispatcher.taskmanager.backend.settings import Concurrency, Generation, LoadMonitoring
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, run_python
 
 README = (ROOT / "README.md").read_text()
 
@@ -76,6 +77,23 @@ def test_the_defaults_in_the_readme_are_those_of_the_settings() -> None:
     for section, kind in (("concurrency", Concurrency), ("load_monitoring", LoadMonitoring)):
         assert block[section] == msgspec.structs.asdict(kind())
     assert set(block["generation"]) == set(Generation.__struct_fields__)
+
+
+def commands_in(heading: str) -> list[list[str]]:
+    """Return the commands of a section's indented blocks, each as its words."""
+    section = README.split(f"\n## {heading}\n", 1)[1].split("\n## ", 1)[0]
+    text = section.replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("    dispatcher")]
+
+
+def test_the_commands_before_a_run_do_what_the_readme_says(tmp_path: Path) -> None:
+    commands = commands_in("Before a run")
+    assert [command[1] for command in commands] == ["doctor", "run", "run"]
+    for _, *words in commands:
+        moved = [str(tmp_path / word) if word == "checked.jsonl" else word for word in words]
+        code, output = run_python("-m", "dispatcher.cli", *moved, deadline_s=90)
+        assert code == 0, output
+    assert len((tmp_path / "checked.jsonl").read_text().splitlines()) == 100
 
 
 def test_every_file_the_readme_names_exists() -> None:
