@@ -479,7 +479,7 @@ class DispatchService:
             "work_timeout_s": queue.policy.work_timeout_s,
             "max_retries": queue.policy.max_retries,
             "max_failures": queue.max_failures,
-            "paused": _facts_of(queue.pause),
+            "paused": None if self.finished.is_set() else _facts_of(queue.pause),
             "failure_warning": _facts_of(self.failure_trend.jump),
             "output_error": self._writer.output_error if self._writer else None,
         }

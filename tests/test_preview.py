@@ -234,13 +234,13 @@ def test_a_preview_runs_the_first_lines_and_leaves_nothing_behind(tmp_path: Path
     place, scratch = tmp_path / "run", tmp_path / "tmp"
     place.mkdir()
     scratch.mkdir()
-    words = command(place, [{"q": f"question {n}"} for n in range(50)], "--preview", "3")
+    words = command(place, [{"q": f"question {n:02}"} for n in range(50)], "--preview", "3")
     code, output = run_python(*words, env={"TMPDIR": str(scratch)}, deadline_s=60)
 
     assert code == 0, output
     assert output.index("line 0  ") < output.index("line 1  ") < output.index("line 2  ")
     assert "line 3" not in output
-    assert "question 2" in output
+    assert "question 02" in output
     assert "3 lines, none with an error; 3 requests" in output
     assert "about 50 lines" in output
     assert "\x1b" not in output  # no colours where there is no terminal

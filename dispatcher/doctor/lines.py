@@ -75,17 +75,21 @@ def _parts(source: LineSource) -> tuple[list[list[InputLine]], bool]:
     """Return lines of three places of the input, or all, and whether they are all."""
     size = source.size_bytes
     if size <= _WHOLE_BYTES:
-        lines: list[InputLine] = []
-        offset = 0
-        while more := source.scan(offset, _PART_LINES, _PART_BYTES):
-            lines += more
-            offset = more[-1].next_offset
-        return [lines], True
-    head = source.scan(0, _PART_LINES, _PART_BYTES)
+        return [_read(source, 0, size)], True
+    head = _read(source, 0, _PART_BYTES)
     # From somewhere in a line on: the rest of that one tells nothing.
-    middle = source.scan(size // 2, _PART_LINES, _PART_BYTES)[1:]
-    tail = source.scan(size - _PART_BYTES, 1 << 20, _PART_BYTES)[1:]
-    return [head, middle, tail[-_PART_LINES:]], False
+    middle = _read(source, size // 2, size // 2 + _PART_BYTES)[1:]
+    tail = _read(source, size - _PART_BYTES, size)[1:]
+    return [head[:_PART_LINES], middle[:_PART_LINES], tail[-_PART_LINES:]], False
+
+
+def _read(source: LineSource, begin: int, end: int) -> list[InputLine]:
+    """Return the lines from one byte of the input to another."""
+    lines: list[InputLine] = []
+    while begin < end and (more := source.scan(begin, _PART_LINES, _PART_BYTES)):
+        lines += more
+        begin = more[-1].next_offset
+    return lines
 
 
 def _defect(line: InputLine) -> str | None:

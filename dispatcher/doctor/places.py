@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,10 +122,15 @@ def check_writing(probe: Probe) -> Finding:
             f"it cannot be written to: {error.strerror}",
             "give --output and --state places you may write to",
         )
-    usual_s = statistics.median(probe.sync_s)
+    return judge_syncs(check, probe.sync_s)
+
+
+def judge_syncs(check: str, sync_s: Sequence[float]) -> Finding:
+    """Say what the times of some syncs mean for a run."""
+    usual_s = statistics.median(sync_s)
     found = f"written, synced and renamed; a sync takes {1000 * usual_s:.1f} ms"
-    if max(probe.sync_s) > 2 * usual_s:
-        found += f" (the slowest of {len(probe.sync_s)}: {1000 * max(probe.sync_s):.1f} ms)"
+    if max(sync_s) > 2 * usual_s:
+        found += f" (the slowest of {len(sync_s)}: {1000 * max(sync_s):.1f} ms)"
     if usual_s >= _UNUSABLE_SYNC_S:
         return problem(check, found, "no result is acknowledged sooner: use another file system")
     if usual_s >= _SLOW_SYNC_S:
@@ -178,7 +184,8 @@ def mount_of(path: Path, mounts: str) -> tuple[str, str]:
         words = line.split()
         if len(words) < 4:
             continue
-        point = words[1].encode().decode("unicode_escape")  # a blank stands there as \040
+        # A blank stands there as \040.
+        point = re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), words[1])
         # Of two at one place, the later one hides the earlier.
         if path.is_relative_to(point) and len(point) >= best:
             found, best = (words[2], words[3]), len(point)

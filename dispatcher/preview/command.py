@@ -125,8 +125,9 @@ class _Printer:
             if work_id >= self._next:
                 self._print(self._writer.block(self._ended[work_id]))
         records = [self._ended[work_id] for work_id in sorted(self._ended)]
-        for line in summary(records, beginning.in_all, is_exact=beginning.is_exact):
-            self._console.print(Text(line))
+        if records:
+            for line in summary(records, beginning.in_all, is_exact=beginning.is_exact):
+                self._console.print(Text(line))
         failed = any(record.error is not None for record in records)
         return ExitCode.COMPLETE_WITH_ERRORS if failed else ExitCode.COMPLETE
 

@@ -23,7 +23,8 @@ class Exchange:
     @property
     def tokens(self) -> tuple[int, int]:
         """Tokens in and out, as the server counted them."""
-        usage = self.response.content.get("usage") if self.response.content else None
+        content = self.response.content
+        usage = content.get("usage") if isinstance(content, dict) else None
         usage = usage if isinstance(usage, dict) else {}
         return _whole(usage.get("prompt_tokens")), _whole(usage.get("completion_tokens"))
 

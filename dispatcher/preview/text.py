@@ -12,6 +12,7 @@ line 0      ok: 1 request, 21 tokens in, 40 out, 0.41 s
 from __future__ import annotations
 
 import json
+import math
 import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -87,7 +88,7 @@ class Writer:
         yield from self._response(exchange, number)
 
     def _messages(self, messages: Any) -> Iterator[Row]:
-        for message in messages if isinstance(messages, list) else [messages]:
+        for message in messages if _is_list(messages) else [messages]:
             if not isinstance(message, dict):
                 yield Row(4, "message", self._value(message))
                 continue
@@ -105,14 +106,15 @@ class Writer:
             yield Row(2, label, f"{asked}: {self._value(response.error)}", "red")
             return
         content = response.content if isinstance(response.content, dict) else {}
-        choices = [each for each in content.get("choices") or [] if isinstance(each, dict)]
+        given = content.get("choices")
+        choices = [each for each in given if isinstance(each, dict)] if _is_list(given) else []
         if not choices:
             vectors = content.get("data")
-            what = f"{len(vectors)} embeddings" if isinstance(vectors, list) else "no choices"
+            what = f"{len(vectors)} embeddings" if _is_list(vectors) else "no choices"
             yield Row(2, label, f"{what}, {asked}", "cyan")
             return
         for place, choice in enumerate(choices):
-            reason = printable(str(choice.get("finish_reason")))
+            reason = printable(str(choice.get("finish_reason") or "no finish reason"))
             # A text that was cut for its length is the commonest surprise.
             style = "yellow" if reason == "length" else "cyan"
             yield Row(2, label, f"{reason}, {asked}" if not place else reason, style)
@@ -173,7 +175,7 @@ def summary(records: Sequence[LineRecord], lines_in_all: float, *, is_exact: boo
             f"the whole input, {'' if is_exact else 'about '}{lines_in_all:,.0f} lines, comes at "
             f"this rate to {len(exchanges) * each:,.0f} requests, {tokens[0]:,.0f} tokens in, "
             f"{tokens[1]:,.0f} out, {size * each / 2**20:,.1f} MiB of output "
-            f"(dispatcher doctor --expect-bytes-per-line {round(size / len(records))})"
+            f"(dispatcher doctor --expect-bytes-per-line {math.ceil(size / len(records))})"
         ]
     return lines
 
@@ -195,6 +197,10 @@ def _figures(exchanges: Sequence[Exchange], seconds: float, *, count: bool = Tru
     if tokens_in or tokens_out:
         parts += [f"{tokens_in} tokens in, {tokens_out} out"]
     return ", ".join([*parts, f"{seconds:.2f} s"])
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def _many(count: int, what: str) -> str:
