@@ -33,7 +33,7 @@ from dispatcher.doctor.places import (
 from dispatcher.doctor.task import check_task
 from dispatcher.errors import StateError
 from dispatcher.storage.source import InputLine
-from tests.support.processes import run_python
+from tests.support.processes import dispatcher_server, run_python
 from tests.support.scripted import Script, scripted
 
 FICKLE = "tests/support/fickle_tasks.py:FickleTask"
@@ -491,6 +491,32 @@ def test_an_engine_that_is_not_installed_is_a_problem() -> None:
     _, report = doctor("--model", "org/model", "--vllm-command", "/nowhere/vllm serve")
     assert of(report, "model server")["status"] == "problem"
     assert "--vllm-command" in of(report, "model server")["fix"]
+
+
+# --- the dispatcher server ------------------------------------------------------------------
+
+
+def test_a_server_that_a_worker_would_reach_says_how_its_run_is(tmp_path: Path) -> None:
+    infile = write_lines(tmp_path / "in", *({"q": n} for n in range(5)))
+    with dispatcher_server("--infile", infile, "--outfile", tmp_path / "out") as server:
+        code, report = doctor("--dispatcher", server.at)
+        assert code == 0
+        assert "running, 0 of" in of(report, "dispatcher server")["found"]
+
+        wrong = tmp_path / "token"
+        wrong.write_text("x" * 40)
+        wrong.chmod(0o600)
+        code, report = doctor("--dispatcher", server.address, "--token-file", wrong)
+        assert code == 1
+        assert "token" in of(report, "dispatcher server")["found"]
+
+
+def test_a_server_that_is_away_is_a_problem() -> None:
+    with scripted() as script:
+        address = script.address
+    code, report = doctor("--dispatcher", address)
+    assert code == 1
+    assert "no answer" in of(report, "dispatcher server")["found"]
 
 
 # --- the machine ----------------------------------------------------------------------------

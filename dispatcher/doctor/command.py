@@ -30,8 +30,10 @@ from dispatcher.doctor.places import (
     check_space,
     check_writing,
 )
+from dispatcher.doctor.server import check_server
 from dispatcher.doctor.task import check_task
 from dispatcher.errors import DispatcherError, ExitCode
+from dispatcher.server_file import token_given
 from dispatcher.taskmanager.backend.making import check_keys, gpus_needed
 from dispatcher.taskmanager.backend.options import add_backend_options
 from dispatcher.taskmanager.backend.reading import backends_of
@@ -46,8 +48,9 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="dispatcher doctor",
         description="Look at everything a run needs before it is begun, and say what to mend, a "
-        "line a check. Takes the options of dispatcher run, and checks what they name; nothing is "
-        "left behind, and no model is asked to generate.",
+        "line a check. Takes the options of dispatcher run, also by their names in "
+        "dispatcher-server and dispatcher-task-run, and checks what they name; nothing is left "
+        "behind, and no model is asked to generate.",
         epilog="example: dispatcher doctor --task my_tasks.py:MyTask --input prompts.jsonl "
         "--output answers.jsonl --backend openai --base-url http://node7:8000/v1 --model org/model "
         "-- exit codes: 0 no problem, 1 a problem, 2 usage",
@@ -73,6 +76,21 @@ def build_parser() -> Parser:
         default=1,
         metavar="N",
         help="task managers of the run on this machine, each with its own GPUs",
+    )
+    server = parser.add_argument_group("dispatcher server of a task manager")
+    server.add_argument(
+        "--dispatcher", metavar="ADDRESS", help="@STATE/server.json, HOST:PORT or a URL"
+    )
+    server.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="file with its token (default: as dispatcher-task-run)",
+    )
+    server.add_argument(
+        "--server-fingerprint",
+        metavar="SHA256",
+        help="fingerprint of its certificate (default: as dispatcher-task-run)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     add_backend_options(parser)
@@ -137,6 +155,8 @@ class Examination:
             yield from self._places()
         if args.task is not None:
             yield from _checked("task", self._task)
+        if args.dispatcher is not None:
+            yield from _checked("dispatcher server", self._server)
         named = (args.backend, args.model, args.backends, args.models_to_run)
         if args.no_launch or any(each is not None for each in named):
             yield from _checked("model server", self._models)
@@ -169,6 +189,12 @@ class Examination:
         line = self._sample.first if self._sample is not None else None
         task_args = parse_task_args(args.task_arg, args.task_args)
         return [check_task(args.task, task_args, line, args.max_retries)]
+
+    def _server(self) -> list[Finding]:
+        args = self._args
+        by_file = args.dispatcher.startswith("@") and args.token_file is None
+        token = None if by_file else token_given(args.token_file)
+        return [check_server(args.dispatcher, token, args.server_fingerprint)]
 
     def _models(self) -> list[Finding]:
         backends = backends_of(self._args, os.environ)
