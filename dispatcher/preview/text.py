@@ -76,7 +76,7 @@ class Writer:
         messages = content.pop("messages", None)
         prompt = content.pop("prompt", None)
         embedded = content.pop("input", None)
-        options = [f"{key}={self._value(value)}" for key, value in content.items()]
+        options = [f"{printable(str(k))}={self._value(v)}" for k, v in content.items()]
         if tries:
             options.insert(0, f"(attempt {exchange.attempt})")
         yield Row(2, f"request{number}", " ".join(options), "cyan")
