@@ -39,7 +39,8 @@ examples:
 
   # run the failed lines again, here those of one kind, and put the answers in their places
   dispatcher runs answers.jsonl.dispatch --failed-to again.jsonl --kind model_error
-  dispatcher run --task T --input again.jsonl --output answers2.jsonl
+  dispatcher run --task my_tasks.py:MyTask --model org/model \\
+      --input again.jsonl --output answers2.jsonl
   dispatcher runs answers.jsonl.dispatch --merge answers2.jsonl
 
 exit codes: 0 done, 1 error, 2 usage, 3 interrupted (the same command goes on)"""

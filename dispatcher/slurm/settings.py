@@ -141,7 +141,7 @@ written to STATE/slurm/.
 examples:
   dispatcher slurm {command} --infile prompts.jsonl --outfile answers.jsonl \\
       --task my_tasks.py:MyTask --model org/model --gpus-per-node 8 {shape}
-  dispatcher slurm {command} --config run.yaml --dry-run      # print what would be submitted
+  dispatcher slurm {command} --config answers.yaml --dry-run  # print what would be submitted
   dispatcher slurm {command} --resume answers.jsonl.dispatch  # go on with the same settings
 
 exit codes: 0 submitted, or complete already, 1 error, 2 usage"""
