@@ -10,7 +10,7 @@ from dispatcher import __version__
 from dispatcher.errors import ExitCode
 
 # Each subcommand parses its own options; importing only the one asked for keeps --help quick.
-_COMMANDS = {
+COMMANDS = {
     "run": ("dispatcher.launch", "run a task over a file on this machine"),
     "server": ("dispatcher.server.cli", "serve a file's lines to task managers"),
     "task-run": ("dispatcher.taskmanager.cli", "run a task against a model server"),
@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] == "--version":
         print(f"dispatcher {__version__}")
         return ExitCode.COMPLETE
-    if words[0] not in _COMMANDS:
+    if words[0] not in COMMANDS:
         print(f"dispatcher: there is no command {words[0]!r}\n{_usage()}", file=sys.stderr)
         return ExitCode.USAGE
-    module, _ = _COMMANDS[words[0]]
+    module, _ = COMMANDS[words[0]]
     try:
         code: int = import_module(module).main(words[1:])
     except KeyboardInterrupt:  # before the command took the signal over
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {text}" for name, (_, text) in _COMMANDS.items()]
+    lines = [f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: dispatcher COMMAND [options]",

@@ -19,6 +19,7 @@ import yaml
 from dispatcher.core.failures import LEAST_LINES, NO_LIMIT, parse_failure_limit
 from dispatcher.core.work_queue import QueuePolicy
 from dispatcher.errors import UsageError
+from dispatcher.help_text import HelpFormatter
 
 NOT_IN_A_FILE = (
     *("--help", "--config", "--resume", "--accept-changes", "--accept-failures"),
@@ -59,15 +60,6 @@ def absolute_spec(spec: str) -> str:
     """Return a `--task` that names the same class from another directory, if it names a file."""
     path, colon, class_name = spec.rpartition(":")
     return f"{Path(path).absolute()}:{class_name}" if colon and path.endswith(".py") else spec
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Show each option's default, but not where there is none."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, "", argparse.SUPPRESS) or action.default == []:
-            return action.help
-        return super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):

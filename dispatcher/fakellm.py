@@ -46,6 +46,8 @@ import uvloop
 import yaml
 from aiohttp import web
 
+from dispatcher.help_text import HelpFormatter
+
 __all__ = ["FakeLLM", "FakeLLMSettings", "FakeLLMSettingsError", "Rule", "load_settings", "main"]
 
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=10_000_000)]
@@ -830,12 +832,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return runner.run(_serve(settings, host, port))
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[str, int, FakeLLMSettings]:
+_EXAMPLES = """\
+examples:
+  python -m dispatcher.fakellm --port 8001 --latency-s 0.2
+  python -m dispatcher.fakellm --rules faults.yaml --call-log calls.jsonl"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's options."""
     parser = argparse.ArgumentParser(
         prog="python -m dispatcher.fakellm",
         description="An OpenAI-compatible model server without a model.",
-        epilog=f"Keys of a rule: {', '.join(Rule.__struct_fields__)}.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=f"Keys of a rule: {', '.join(Rule.__struct_fields__)}.\n\n{_EXAMPLES}",
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8001, help="TCP port, 0 = any free one")
@@ -847,6 +856,12 @@ def _parse(argv: Sequence[str] | None) -> tuple[str, int, FakeLLMSettings]:
     parser.add_argument("--model", action="append", help="a model to serve, repeatable; none: any")
     parser.add_argument("--api-key-env", help="name of the environment variable with the API key")
     parser.add_argument("--rules", help="YAML or JSON: a list of rules, or settings with `rules`")
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[str, int, FakeLLMSettings]:
+    base = FakeLLMSettings()
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.rules:
         base = load_settings(args.rules)

@@ -75,6 +75,17 @@ _SERVER_STOP_S = 1.5
 _ACCEPT_FAILURES = "--accept-failures"
 _READY = r"dispatcher-server: (?:run \S+ at (http\S+)|(the run is complete))"
 
+_EXAMPLES = """\
+examples:
+  dispatcher run --task my_tasks.py:MyTask --input prompts.jsonl --output answers.jsonl \\
+      --model org/model --task-arg temperature=0
+  dispatcher run --task my_tasks.py:MyTask --input prompts.jsonl --preview 3 --model org/model
+  dispatcher run --resume answers.jsonl.dispatch       # go on, from any directory
+  dispatcher run --config run.yaml --task-managers 8   # options from a file, eight GPUs
+
+exit codes: 0 complete, 1 error, 2 usage, 3 stopped and resumable, 4 complete with __ERROR__
+lines (of a preview as well)"""
+
 
 def build_parser() -> Parser:
     """Return the command's options."""
@@ -83,8 +94,7 @@ def build_parser() -> Parser:
         description="Run a task over a file on this machine: starts a server and task managers, "
         "shows how it goes, and ends with the output complete. The same command, or --resume, "
         "goes on where it was stopped.",
-        epilog="exit codes: 0 complete, 1 error, 2 usage, 3 stopped and resumable, 4 complete "
-        "with __ERROR__ lines (of a preview as well)",
+        epilog=_EXAMPLES,
     )
     add_task_options(parser)
     files = parser.add_argument_group("files")

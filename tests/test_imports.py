@@ -15,6 +15,7 @@ FLOORS = [
     ("dispatcher.models", 0),
     ("dispatcher.errors", 0),
     ("dispatcher.taskmanager.backend.request", 0),
+    ("dispatcher.help_text", 0),
     ("dispatcher.fakellm", 0),
     ("dispatcher.core", 1),
     ("dispatcher.config", 1),

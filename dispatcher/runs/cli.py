@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 
-from dispatcher.config import HelpFormatter, Parser, number, parse
+from dispatcher.config import Parser, number, parse
 from dispatcher.errors import DispatcherError, ExitCode, UsageError
 from dispatcher.runs import show
 from dispatcher.runs.failed import write_failed
@@ -32,20 +32,18 @@ lines that failed to a new input, or put the results of that input's run back.""
 
 _EXAMPLES = """\
 examples:
-  dispatcher runs .                                    all runs below this directory
-  dispatcher runs /data/runs --json                    the same, for a program
-  dispatcher runs answers.jsonl.dispatch --item 17     what became of line 17 (the first is 0)
+  dispatcher runs .                                    # all runs below this directory
+  dispatcher runs /data/runs --json                   # the same, for a program
+  dispatcher runs answers.jsonl.dispatch --item 17    # what became of line 17 (the first is 0)
 
-  run the failed lines again, here those of one kind, and put the answers in their places:
-    dispatcher runs answers.jsonl.dispatch --failed-to again.jsonl --kind model_error
-    dispatcher run --task T --input again.jsonl --output answers2.jsonl
-    dispatcher runs answers.jsonl.dispatch --merge answers2.jsonl
+
+  # run the failed lines again, here those of one kind, and put the answers in their places
+  dispatcher runs answers.jsonl.dispatch --failed-to again.jsonl --kind model_error
+  dispatcher run --task my_tasks.py:MyTask --model org/model \\
+      --input again.jsonl --output answers2.jsonl
+  dispatcher runs answers.jsonl.dispatch --merge answers2.jsonl
 
 exit codes: 0 done, 1 error, 2 usage, 3 interrupted (the same command goes on)"""
-
-
-class _Formatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Show defaults, and examples as they are written."""
 
 
 def build_parser() -> Parser:
@@ -54,7 +52,6 @@ def build_parser() -> Parser:
         prog="dispatcher runs",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
-        formatter_class=_Formatter,
     )
     parser.add_argument(
         "places",

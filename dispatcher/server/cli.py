@@ -99,12 +99,23 @@ class Announcement:
         print(f"dispatcher-server: cannot write {self.path}: {error}", file=sys.stderr)
 
 
+_EXAMPLES = """\
+examples:
+  dispatcher-server --infile prompts.jsonl --outfile answers.jsonl
+  dispatcher-server --infile prompts.jsonl --outfile answers.jsonl --host 0.0.0.0 --port 8000 \\
+      --max-retries 5 --work-timeout 600
+  dispatcher-server --resume answers.jsonl.dispatch    # go on, from any directory
+
+exit codes: 0 complete, 1 error, 2 usage, 3 stopped and resumable"""
+
+
 def build_parser() -> Parser:
     """Return the command's options."""
     parser = Parser(
         prog="dispatcher-server",
         description="Hand out the lines of a file to task managers, take their results and "
         "write them in input order. The same command, or --resume, goes on where it was stopped.",
+        epilog=_EXAMPLES,
     )
     files = parser.add_argument_group("files")
     files.add_argument("--infile", type=Path, required=True, help="input, one item a line")

@@ -225,9 +225,12 @@ def _submitted_text(submission: Submission, script: str) -> str:
 # -------------------------------------------------------------------- status
 
 
+def _status_parser() -> Parser:
+    return _place_parser("status", "Show the jobs of a run, and how far the run is.", "")
+
+
 def _status(argv: Sequence[str]) -> ExitCode:
-    parser = _place_parser("status", "Show the jobs of a run, and how far the run is.")
-    record = find_record(parse(parser, argv).place)
+    record = find_record(parse(_status_parser(), argv).place)
     submissions = record.submissions()
     jobs = commands.find_jobs(submissions, more=True)
     print(_progress_text(record))
@@ -262,8 +265,12 @@ def _the_run(state_dir: Path) -> FoundRun | None:
 # -------------------------------------------------------------------- add-workers, remove-workers
 
 
-def _add_workers(argv: Sequence[str]) -> ExitCode:
-    parser = _place_parser("add-workers", "Submit more worker jobs, as an array of their own.")
+def _add_workers_parser() -> Parser:
+    parser = _place_parser(
+        "add-workers",
+        "Submit more worker jobs, as an array of their own.",
+        " 8 --sbatch-arg=--partition=preempt",
+    )
     _add_count(parser)
     parser.add_argument(
         "--sbatch-arg",
@@ -273,7 +280,11 @@ def _add_workers(argv: Sequence[str]) -> ExitCode:
         help="option of sbatch for these jobs alone, as in --sbatch-arg=--partition=preempt; may "
         "be given several times (default: none)",
     )
-    args = parse(parser, argv)
+    return parser
+
+
+def _add_workers(argv: Sequence[str]) -> ExitCode:
+    args = parse(_add_workers_parser(), argv)
     record = find_record(args.place)
     script = record.script(WORKERS)
     if not script.is_file():
@@ -295,14 +306,19 @@ def _add_workers(argv: Sequence[str]) -> ExitCode:
     return ExitCode.COMPLETE
 
 
-def _remove_workers(argv: Sequence[str]) -> ExitCode:
+def _remove_workers_parser() -> Parser:
     parser = _place_parser(
         "remove-workers",
         "End worker jobs: those that wait first, then the youngest. What they have begun is given "
         "back and goes to others, uncharged.",
+        " 8",
     )
     _add_count(parser)
-    args = parse(parser, argv)
+    return parser
+
+
+def _remove_workers(argv: Sequence[str]) -> ExitCode:
+    args = parse(_remove_workers_parser(), argv)
     record = find_record(args.place)
     jobs = to_remove(commands.find_jobs(record.submissions()), args.count)
     if not jobs:
@@ -323,11 +339,12 @@ def _remove_workers(argv: Sequence[str]) -> ExitCode:
 # -------------------------------------------------------------------- stop
 
 
-def _stop(argv: Sequence[str]) -> ExitCode:
+def _stop_parser() -> Parser:
     parser = _place_parser(
         "stop",
         "End all jobs of a run: the workers, then the server. Nothing that is finished is lost, "
         "and what was begun is no try.",
+        " --timeout 600",
     )
     parser.add_argument(
         "--timeout",
@@ -336,7 +353,11 @@ def _stop(argv: Sequence[str]) -> ExitCode:
         metavar="S",
         help="seconds to wait until all jobs have ended",
     )
-    args = parse(parser, argv)
+    return parser
+
+
+def _stop(argv: Sequence[str]) -> ExitCode:
+    args = parse(_stop_parser(), argv)
     record = find_record(args.place)
     submissions = record.submissions()
     living = alive(commands.find_jobs(submissions))
@@ -380,8 +401,12 @@ def _end(submissions: Sequence[Submission], timeout_s: float) -> tuple[list[Job]
 # -------------------------------------------------------------------- small things
 
 
-def _place_parser(command: str, description: str) -> Parser:
-    parser = Parser(prog=f"{_PROGRAM} {command}", description=description)
+def _place_parser(command: str, description: str, example: str) -> Parser:
+    parser = Parser(
+        prog=f"{_PROGRAM} {command}",
+        description=description,
+        epilog=f"example:\n  {_PROGRAM} {command} answers.jsonl{example}",
+    )
     parser.add_argument(
         "place", type=Path, metavar="OUTFILE", help="the run's output, or its state directory"
     )
@@ -421,6 +446,18 @@ _COMMANDS: dict[str, Callable[[Sequence[str]], ExitCode]] = {
     "remove-workers": _remove_workers,
     "stop": _stop,
 }
+
+
+def parsers() -> dict[str, Parser]:
+    """Return the options of each command by its name."""
+    return {
+        "run": build_parser("run"),
+        "start": build_parser("start"),
+        "status": _status_parser(),
+        "add-workers": _add_workers_parser(),
+        "remove-workers": _remove_workers_parser(),
+        "stop": _stop_parser(),
+    }
 
 
 if __name__ == "__main__":

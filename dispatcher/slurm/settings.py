@@ -133,6 +133,20 @@ class Settings:
     recorded: Mapping[str, Any]
 
 
+_EPILOG = """\
+What no option and no file says is taken from the environment under the script's name of it (MODEL,
+CONTAINER, ...), then from the script; --resume asks the environment for nothing. The scripts are
+written to STATE/slurm/.
+
+examples:
+  dispatcher slurm {command} --infile prompts.jsonl --outfile answers.jsonl \\
+      --task my_tasks.py:MyTask --model org/model --gpus-per-node 8 {shape}
+  dispatcher slurm {command} --config answers.yaml --dry-run  # print what would be submitted
+  dispatcher slurm {command} --resume answers.jsonl.dispatch  # go on with the same settings
+
+exit codes: 0 submitted, or complete already, 1 error, 2 usage"""
+
+
 def build_parser(command: str) -> Parser:
     """Return the options of `dispatcher slurm run` or `start`."""
     is_start = command == "start"
@@ -142,13 +156,11 @@ def build_parser(command: str) -> Parser:
         if is_start
         else "Submit a run as one job: the server on its first node, task managers on all"
     )
+    shape = "--worker-jobs 16" if is_start else "--nodes 4 --tasks-per-node 8"
     parser = Parser(
         prog=f"dispatcher slurm {command}",
         description=f"{what}. The same command, or --resume, goes on with a run that was stopped.",
-        epilog="What no option and no file says is taken from the environment under the script's "
-        "name of it (MODEL, CONTAINER, ...), then from the script; --resume asks the environment "
-        "for nothing. The scripts are written to STATE/slurm/. exit codes: 0 submitted, or "
-        "complete already, 1 error, 2 usage",
+        epilog=_EPILOG.format(command=command, shape=shape),
     )
     group = parser.add_argument_group("the run")
     for setting in SETTINGS:

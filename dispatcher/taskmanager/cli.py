@@ -63,6 +63,18 @@ REFUSED = "the model server refused: "
 
 _THREAD_END_S = 0.1
 
+_EXAMPLES = """\
+examples:
+  dispatcher-task-run --dispatcher @answers.jsonl.dispatch/server.json \\
+      --task my_tasks.py:MyTask --model org/model --tensor-parallel 2
+  dispatcher-task-run --dispatcher HOST:8000 --task my_tasks.py:MyTask \\
+      --no-launch --port 8001 --model org/model        # a vLLM that runs already
+  dispatcher-task-run --task my_tasks.py:MyTask --model org/model \\
+      --input prompts.jsonl --output answers.jsonl     # no server, one file
+
+exit codes: 0 complete, 1 error, 2 usage, 3 stopped and resumable, 4 complete with __ERROR__ lines,
+5 the server stayed away too long"""
+
 
 def build_parser() -> Parser:
     """Return the command's options."""
@@ -70,6 +82,7 @@ def build_parser() -> Parser:
         prog="dispatcher-task-run",
         description="Run a task against a model server: over the items of a dispatcher server "
         "(--dispatcher), or over a file (--input, --output).",
+        epilog=_EXAMPLES,
     )
     add_task_options(parser)
     source = parser.add_argument_group("work")

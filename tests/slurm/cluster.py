@@ -1,7 +1,8 @@
 """A real Slurm of four nodes on this machine, in a directory and on ports of its own.
 
 One munged, one slurmctld and four slurmd, which play the nodes n1 to n4 with two CPUs and four
-GPUs each. Jobs in the partition `high` preempt those in `main`, after a grace period.
+GPUs each. Jobs in the partition `high` preempt those in `main`, after a grace period; `cpu` and
+`preempt` are two more names for the nodes.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ SlurmdParameters=config_overrides
 {nodes}
 PartitionName=main Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime={grace_s} \
 MaxTime=INFINITE State=UP
+PartitionName=cpu Nodes=ALL PriorityTier=1 MaxTime=INFINITE State=UP
+PartitionName=preempt Nodes=ALL PriorityTier=1 MaxTime=INFINITE State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 NODE = (

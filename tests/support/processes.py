@@ -38,7 +38,9 @@ def wait_until(condition: Callable[[], object], what: str, deadline_s: float = 1
 class Process:
     """A running command; its output, both streams together, is read as it comes."""
 
-    def __init__(self, *arguments: str | Path, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+    ) -> None:
         # A session of its own, so that what the command starts can be ended with it.
         self._popen = subprocess.Popen(
             [str(argument) for argument in arguments],
@@ -46,7 +48,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            cwd=ROOT,
+            cwd=cwd,
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
             start_new_session=True,
         )
@@ -109,9 +111,11 @@ class Process:
 
 
 @contextmanager
-def running(*arguments: str | Path, env: Mapping[str, str] | None = None) -> Iterator[Process]:
+def running(
+    *arguments: str | Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+) -> Iterator[Process]:
     """Run a command and end it, whatever happens."""
-    process = Process(*arguments, env=env)
+    process = Process(*arguments, env=env, cwd=cwd)
     try:
         yield process
     finally:

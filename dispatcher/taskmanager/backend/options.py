@@ -108,7 +108,10 @@ def add_backend_options(parser: Parser) -> None:
         f"{DEFAULT_WORKERS})",
     )
     model.add_argument(
-        "--max-model-len", type=number(int, 1), metavar="TOKENS", help="context length limit"
+        "--max-model-len",
+        type=number(int, 1),
+        metavar="TOKENS",
+        help="context length limit in tokens (default: the model's)",
     )
     model.add_argument(
         "--fakellm-args",
@@ -134,7 +137,9 @@ def _add_vllm_options(parser: Parser) -> None:
         metavar="GPUS",
         help="GPUs to spread the model over",
     )
-    vllm.add_argument("--chat-template", metavar="FILE", help="chat template to use")
+    vllm.add_argument(
+        "--chat-template", metavar="FILE", help="chat template to use (default: the model's)"
+    )
     vllm.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     vllm.add_argument("--silence-vllm-logs", action="store_true", help="log warnings only")
     vllm.add_argument(

@@ -38,6 +38,11 @@ Requests = Annotated[int, msgspec.Meta(ge=1, le=MOST_WORKERS)]
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 
 
+def _says(meaning: str) -> msgspec.Meta:
+    """Describe a key for docs/reference.md."""
+    return msgspec.Meta(description=meaning)
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a mapping in the file may hold: these keys and no others."""
 
@@ -45,12 +50,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class Concurrency(Settings, frozen=True, kw_only=True):
     """How many requests may be in flight, and when a refused one is sent again. Delays in s."""
 
-    max_concurrent_requests: Requests = DEFAULT_WORKERS
-    min_concurrent_requests: Requests = 1
-    recover_threshold: Positive = 10
-    initial_retry_delay: Seconds = 0.25
-    max_retry_delay: Seconds = 10.0
-    max_retries: Count = 2
+    max_concurrent_requests: Annotated[Requests, _says("requests in flight at most")] = (
+        DEFAULT_WORKERS
+    )
+    min_concurrent_requests: Annotated[Requests, _says("requests that are always let through")] = 1
+    recover_threshold: Annotated[
+        Positive, _says("fast answers in a row before the limit grows")
+    ] = 10
+    initial_retry_delay: Annotated[
+        Seconds, _says("seconds before a failed request is sent again; doubled each time, jittered")
+    ] = 0.25
+    max_retry_delay: Annotated[Seconds, _says("seconds of that delay at most")] = 10.0
+    max_retries: Annotated[
+        Count, _says("times a request that fails by itself is sent again; 429 and 503 do not count")
+    ] = 2
 
     def __post_init__(self) -> None:
         """Refuse with ValueError what leaves no room between the least and the most."""
@@ -69,18 +82,25 @@ class Concurrency(Settings, frozen=True, kw_only=True):
 class LoadMonitoring(Settings, frozen=True, kw_only=True):
     """When an answer counts as slow, and as lost: seconds to its first token, and to its end."""
 
-    ttft_threshold: Seconds = 5.0
-    request_timeout: Seconds = 600.0
+    ttft_threshold: Annotated[
+        Seconds, _says("seconds to the first token of a streamed answer that count as slow")
+    ] = 5.0
+    request_timeout: Annotated[Seconds, _says("seconds one model request may take")] = 600.0
 
 
 class Generation(Settings, frozen=True, kw_only=True):
     """Fields of every request that does not say otherwise. `stream` None: as the kind does."""
 
-    stream: bool | None = None
-    max_completion_tokens: Positive | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
-    top_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
-    seed: int | None = None
+    stream: Annotated[bool | None, _says("have answers sent as they are made")] = None
+    max_completion_tokens: Annotated[Positive | None, _says("tokens of an answer at most")] = None
+    temperature: Annotated[
+        Annotated[float, msgspec.Meta(ge=0)] | None, _says("0 takes the likeliest token")
+    ] = None
+    top_p: Annotated[
+        Annotated[float, msgspec.Meta(ge=0, le=1)] | None,
+        _says("share of the likeliest tokens that are drawn from"),
+    ] = None
+    seed: Annotated[int | None, _says("seed of the model server's draws")] = None
 
     def fields(self) -> dict[str, Any]:
         """Return what is filled into a request."""
