@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from dispatcher.config import RunSettings
+from dispatcher.core.buckets import BATCH_BOUNDS, Buckets
 from dispatcher.core.results import error_kind, lease_serials, valid_results
 from dispatcher.core.work_queue import (
     CRASH,
@@ -138,6 +139,8 @@ class DispatchService:
         self.invalid_results = 0
         self.duplicate_results = 0
         self.spooled_results = 0
+        self.items_handed_out = Buckets(BATCH_BOUNDS)
+        self.results_taken = Buckets(BATCH_BOUNDS)
         self._monotonic = clock
         self._clock = AwakeClock(clock, min(_LONGEST_GAP_S, settings.policy.lease_term_s / 4))
         self._files = files or Files()
@@ -278,6 +281,7 @@ class DispatchService:
             self.queue.note_idle(worker, 0)  # answered, or cancelled because the client left
         await self._barrier(queue)
         if items:
+            self.items_handed_out.observe(len(items))
             if len(queue.steps):
                 await self._attach_steps(items, queue)
             return BatchWorkResponse(WorkStatus.OK, items=items)
@@ -405,6 +409,11 @@ class DispatchService:
     def set_work_timeout(self, timeout_s: float) -> None:
         """Change the work timeout, also for items already handed out."""
         self.queue.set_work_timeout(timeout_s, self._clock.now())
+
+    @property
+    def writer(self) -> RunWriter | None:
+        """The writer, for its figures; None before the start and when there is nothing to write."""
+        return self._writer
 
     def reported(self) -> WorkerStats:
         """Return what the workers reported since this server started, added up."""
@@ -599,6 +608,7 @@ class DispatchService:
         else:
             outcomes = self._take_one_by_one(items, serials, results, now)
         self.duplicate_results += outcomes.count(Outcome.DUPLICATE)
+        self.results_taken.observe(len(items))
         await self._settle()
         return outcomes
 
