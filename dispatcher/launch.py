@@ -36,7 +36,7 @@ from dispatcher.errors import (
     QuotaExhaustedError,
     UsageError,
 )
-from dispatcher.progress import Display, clock, make_display, model_lines
+from dispatcher.progress import Display, make_display, model_lines
 from dispatcher.run_command import (
     LOCAL_RUN,
     Handed,
@@ -47,6 +47,7 @@ from dispatcher.run_command import (
     read_start,
     resume_hint,
 )
+from dispatcher.run_facts import clock, facts_of_summary
 from dispatcher.server_file import TOKEN_VARIABLE, server_file_in
 from dispatcher.storage.files import Files
 from dispatcher.storage.run_state import SPOOL_FILE, load_run_file
@@ -361,11 +362,11 @@ class LocalRun:
             )
             return ExitCode.STOPPED
         summary = run_file.get("summary", {})
-        done, failed = summary.get("done", 0), summary.get("failed", 0)
+        facts = facts_of_summary(summary)
         tokens = self._status.get("completion_tokens", 0)
         self._display.note(
-            f"complete: {done} lines, {failed} with errors, "
-            f"{summary.get('charged', 0)} charged reissues, {tokens} tokens generated, "
+            f"complete: {facts.done} lines, {facts.failed} with errors, "
+            f"{facts.charged} charged reissues, {tokens} tokens generated, "
             f"in {clock(seconds)}: {self._args.output}"
         )
         for line in model_lines(summary):
@@ -375,11 +376,10 @@ class LocalRun:
                 f"{mismatches} times a task that was begun again asked something else than was "
                 "recorded, so that the model was asked anew (README, Writing tasks)"
             )
-        if failed:
-            kinds = ", ".join(f"{kind} {n}" for kind, n in summary.get("errors", {}).items())
+        if facts.failed:
             again = shlex.join(["dispatcher", "runs", str(self._state_dir), "--failed-to", "FILE"])
-            self._display.note(f"errors: {kinds}; to run these lines again: {again}")
-        return ExitCode.COMPLETE_WITH_ERRORS if failed else ExitCode.COMPLETE
+            self._display.note(f"errors: {facts.causes}; to run these lines again: {again}")
+        return ExitCode.COMPLETE_WITH_ERRORS if facts.failed else ExitCode.COMPLETE
 
     @property
     def _resume_hint(self) -> str:

@@ -21,6 +21,8 @@ FLOORS = [
     ("dispatcher.storage", 2),
     ("dispatcher.client", 2),
     ("dispatcher.server_file", 2),
+    ("dispatcher.run_facts", 1),
+    ("dispatcher.logs", 1),
     ("dispatcher.progress", 2),
     ("dispatcher.run_command", 2),
     ("dispatcher.taskmanager.task", 2),
@@ -36,6 +38,7 @@ FLOORS = [
     ("dispatcher.taskmanager.cli", 5),
     ("dispatcher.taskmanager", 4),
     ("dispatcher.launch", 6),
+    ("dispatcher.watch", 6),
     ("dispatcher.cli", 6),
 ]
 
