@@ -14,6 +14,7 @@ COMMANDS = {
     "run": ("dispatcher.launch", "run a task over a file on this machine"),
     "server": ("dispatcher.server.cli", "serve a file's lines to task managers"),
     "task-run": ("dispatcher.taskmanager.cli", "run a task against a model server"),
+    "watch": ("dispatcher.watch", "show how a run goes, from anywhere"),
     "runs": ("dispatcher.runs.cli", "list runs; what became of a line; failed lines out and in"),
     "doctor": ("dispatcher.doctor.command", "check a set-up before a run, and say what to mend"),
     "slurm": ("dispatcher.slurm.cli", "submit a run to Slurm, look at its jobs, stop it"),

@@ -20,6 +20,7 @@ from typing import Any
 
 import uvloop
 
+from dispatcher import logs
 from dispatcher.client import AsyncWorkClient
 from dispatcher.config import (
     Parser,
@@ -38,7 +39,7 @@ from dispatcher.errors import (
     UsageError,
 )
 from dispatcher.preview.command import add_preview_options, preview
-from dispatcher.progress import Display, clock, make_display, model_lines
+from dispatcher.progress import Display, LogDisplay, make_display, model_lines
 from dispatcher.run_command import (
     LOCAL_RUN,
     Handed,
@@ -49,6 +50,7 @@ from dispatcher.run_command import (
     read_start,
     resume_hint,
 )
+from dispatcher.run_facts import clock, facts_of_summary
 from dispatcher.server_file import TOKEN_VARIABLE, server_file_in
 from dispatcher.storage.files import Files
 from dispatcher.storage.run_state import SPOOL_FILE, load_run_file
@@ -119,6 +121,7 @@ def build_parser() -> Parser:
     add_resume_options(parser, has_task=True)
     add_backend_options(parser)
     add_run_limits(parser)
+    logs.add_log_options(parser)
     return parser
 
 
@@ -128,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         parser = build_parser()
         start = read_start(LOCAL_RUN, parser, argv)
+        logs.start_logging(start.args.log_format, with_content=start.args.log_content)
         # This run has a token of its own, which its processes find in server.json; another's is
         # none of their business, let alone of the model servers that they start.
         os.environ.pop(TOKEN_VARIABLE, None)
@@ -261,7 +265,8 @@ class LocalRun:
         self._workers: list[Child] = []
         self._client: AsyncWorkClient | None = None
         self._status: dict[str, Any] = {}
-        self._display: Display = make_display()
+        is_for_programs = args.log_format == "json"
+        self._display: Display = LogDisplay() if is_for_programs else make_display()
 
     async def run(self) -> int:
         """Run to the end; return the exit code."""
@@ -320,6 +325,7 @@ class LocalRun:
             status = await self._client.status()
             if status:
                 self._status = status
+                logs.know(run=status.get("run"))
                 self._display.show(status, time.monotonic())
                 self._refuse_if_paused(status)
             if ended:
@@ -407,11 +413,11 @@ class LocalRun:
             )
             return ExitCode.STOPPED
         summary = run_file.get("summary", {})
-        done, failed = summary.get("done", 0), summary.get("failed", 0)
+        facts = facts_of_summary(summary)
         tokens = self._status.get("completion_tokens", 0)
         self._display.note(
-            f"complete: {done} lines, {failed} with errors, "
-            f"{summary.get('charged', 0)} charged reissues, {tokens} tokens generated, "
+            f"complete: {facts.done} lines, {facts.failed} with errors, "
+            f"{facts.charged} charged reissues, {tokens} tokens generated, "
             f"in {clock(seconds)}: {self._args.output}"
         )
         for line in model_lines(summary):
@@ -421,11 +427,10 @@ class LocalRun:
                 f"{mismatches} times a task that was begun again asked something else than was "
                 "recorded, so that the model was asked anew (README, Writing tasks)"
             )
-        if failed:
-            kinds = ", ".join(f"{kind} {n}" for kind, n in summary.get("errors", {}).items())
+        if facts.failed:
             again = shlex.join(["dispatcher", "runs", str(self._state_dir), "--failed-to", "FILE"])
-            self._display.note(f"errors: {kinds}; to run these lines again: {again}")
-        return ExitCode.COMPLETE_WITH_ERRORS if failed else ExitCode.COMPLETE
+            self._display.note(f"errors: {facts.causes}; to run these lines again: {again}")
+        return ExitCode.COMPLETE_WITH_ERRORS if facts.failed else ExitCode.COMPLETE
 
     @property
     def _resume_hint(self) -> str:
@@ -437,6 +442,7 @@ class LocalRun:
     def _server_argv(self) -> list[str]:
         limits = Parser(add_help=False)
         add_run_limits(limits)
+        logs.add_log_options(limits)
         files = [f"--infile={self._args.input}", f"--outfile={self._args.output}"]
         command = [sys.executable, "-m", "dispatcher.server", *files]
         return [
@@ -450,6 +456,7 @@ class LocalRun:
         forwarded = Parser(add_help=False)
         add_task_options(forwarded)
         add_backend_options(forwarded)
+        logs.add_log_options(forwarded)
         changed: dict[str, Any] = {"log_dir": log_dir}
         if self._handed.task_args is not None:
             changed |= {"task_args": self._handed.task_args, "task_arg": []}

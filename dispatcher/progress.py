@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections import deque
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from dispatcher.run_facts import Rates, RunFacts, facts_of
 
-_WINDOW_S = 30.0
-_LINE_EVERY_S = 10.0
+if TYPE_CHECKING:
+    from rich.console import Group
+
+LINE_EVERY_S = 60.0
 _MODELS_THAT_FIT = 3
 _NAME_THAT_FITS = 16
-
-
-class Rates:
-    """Items and tokens a second over the last 30 seconds."""
-
-    def __init__(self) -> None:
-        self._samples: deque[tuple[float, int, int]] = deque()
-
-    def add(self, now: float, done: int, tokens: int) -> None:
-        """Record the totals at a time."""
-        self._samples.append((now, done, tokens))
-        while len(self._samples) > 2 and now - self._samples[0][0] > _WINDOW_S:
-            self._samples.popleft()
-
-    def per_second(self) -> tuple[float, float]:
-        """Return items and tokens a second."""
-        if len(self._samples) < 2:
-            return 0.0, 0.0
-        (start, done_0, tokens_0), (end, done_1, tokens_1) = self._samples[0], self._samples[-1]
-        seconds = max(end - start, 1e-9)
-        # A server that was started again has forgotten the tokens, though not the items.
-        return (done_1 - done_0) / seconds, max(0, tokens_1 - tokens_0) / seconds
+log = logging.getLogger(__name__)
 
 
 class Display(Protocol):
@@ -42,6 +22,9 @@ class Display(Protocol):
 
     def show(self, status: dict[str, Any], now: float) -> None:
         """Show this status of `/status` now."""
+
+    def show_facts(self, facts: RunFacts, models: dict[str, Any] | None = None) -> None:
+        """Show these facts now, as the last ones of a run."""
 
     def note(self, text: str) -> None:
         """Say something that happened."""
@@ -51,29 +34,59 @@ class Display(Protocol):
 
 
 def make_display(stream: TextIO = sys.stderr) -> Display:
-    """Return a progress bar on a terminal, plain lines anywhere else."""
-    return BarDisplay(stream) if stream.isatty() else LineDisplay(stream)
+    """Return a live view on a terminal, a plain line a minute anywhere else."""
+    return LiveDisplay(stream) if stream.isatty() else LineDisplay(stream)
 
 
-def facts(status: dict[str, Any], rates: Rates) -> str:
-    """Return the run's figures in one line."""
-    items_s, tokens_s = rates.per_second()
-    parts = [f"{status['done']} done"]
-    if status["failed"]:
-        parts.append(f"{status['failed']} with errors")
-    parts.append(f"{status['issued']} in flight")
-    parts.append(f"{items_s:.1f} items/s")
-    if tokens_s:
-        parts.append(f"{tokens_s:.0f} tokens/s")
-    models = status.get("models", {})
+def line_of(facts: RunFacts, models: dict[str, Any] | None = None) -> str:
+    """Return the facts in one line."""
+    parts = [f"{facts.done} done"]
+    if facts.failed:
+        parts.append(f"{facts.failed} with errors ({facts.causes})")
+    parts.append(f"{facts.in_flight} in flight")
+    parts.append(f"{facts.items_s:.1f} items/s")
+    if facts.tokens_s:
+        parts.append(f"{facts.tokens_s:.0f} tokens/s")
+    models = models or {}
     if 1 < len(models) <= _MODELS_THAT_FIT:
         parts.append("requests " + " ".join(_load(*model) for model in models.items()))
-    left = status["total"] - status["done"]
-    if items_s > 0 and left > 0:
-        parts.append(f"{clock(left / items_s)} left")
-    if status["output_error"]:
-        parts.append(f"output paused: {status['output_error']}")
+    if facts.workers:
+        parts.append(f"{facts.workers} workers")
+    if facts.time_left:
+        parts.append(facts.time_left)
+    if facts.behind:
+        parts.append(facts.behind)
+    if facts.output_error:
+        parts.append(f"output paused: {facts.output_error}")
     return ", ".join(parts)
+
+
+def whole_line_of(facts: RunFacts, models: dict[str, Any] | None = None) -> str:
+    """Return the facts in one line that says of how many lines, too."""
+    about = "" if facts.total_is_exact else "about "
+    return f"of {about}{facts.total} lines: {line_of(facts, models)}"
+
+
+def rows_of(facts: RunFacts) -> list[tuple[str, str]]:
+    """Return the facts as names and texts, without those that there is nothing to say of."""
+    about = "" if facts.total_is_exact else "about "
+    speed = f"{facts.items_s:.1f} items/s"
+    if facts.tokens_s:
+        speed += f", {facts.tokens_s:.0f} tokens/s"
+    again = f"{facts.charged} charged, {facts.crashed} by crashes"
+    rows = [
+        ("state", facts.state),
+        ("done", f"{facts.done} of {about}{facts.total} lines"),
+        ("speed", speed if facts.state != "complete" else ""),
+        ("time left", facts.time_left),
+        ("in flight", f"{facts.in_flight}, {facts.ready} to be handed out again"),
+        ("workers", str(facts.workers)),
+        ("errors", f"{facts.failed}: {facts.causes}" if facts.failed else "0"),
+        ("reissues", again if facts.charged or facts.crashed else ""),
+        ("waiting", facts.behind),
+        ("output", f"paused: {facts.output_error}" if facts.output_error else ""),
+    ]
+    return [(name, text) for name, text in rows if text]
 
 
 def _load(name: str, model: dict[str, Any]) -> str:
@@ -103,66 +116,88 @@ def _model_line(name: str, model: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def clock(seconds: float) -> str:
-    """Return a duration as 1:02:03."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-class BarDisplay:
-    """A rich progress bar."""
+class LiveDisplay:
+    """A view of the facts that stays where it is and changes."""
 
     def __init__(self, stream: TextIO) -> None:
+        # Here, as a command that shows nothing need not wait for it.
+        from rich.console import Console
+        from rich.live import Live
+
         self._rates = Rates()
-        self._progress = Progress(
-            BarColumn(),
-            TaskProgressColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=Console(file=stream),
-        )
-        self._task = self._progress.add_task("starting", total=None)
-        self._progress.start()
+        self.console = Console(file=stream)
+        self._live = Live(console=self.console, refresh_per_second=4)
+        self._live.start()
 
     def show(self, status: dict[str, Any], now: float) -> None:
-        """Move the bar."""
+        """Show the facts of this status."""
         self._rates.add(now, status["done"], status["completion_tokens"])
-        self._progress.update(
-            self._task,
-            completed=status["done"],
-            total=max(status["total"], 1),
-            description=facts(status, self._rates),
-        )
+        self.show_facts(facts_of(status, self._rates), status.get("models"))
+
+    def show_facts(self, facts: RunFacts, models: dict[str, Any] | None = None) -> None:
+        """Show these facts."""
+        self._live.update(_view(facts, models or {}))
 
     def note(self, text: str) -> None:
-        """Print above the bar."""
-        self._progress.console.print(text, markup=False, highlight=False)
+        """Print above the view."""
+        self.console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
-        """Stop redrawing."""
-        self._progress.stop()
+        """Stop redrawing; the last view stays."""
+        self._live.stop()
+
+
+def _view(facts: RunFacts, models: dict[str, Any]) -> Group:
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    head = Table.grid(padding=(0, 1))
+    # Rounded down: only what is complete is 100 %.
+    share = 100 * facts.done // facts.total if facts.total else 0
+    head.add_row(
+        ProgressBar(total=max(facts.total, 1), completed=facts.done, width=40), f"{share}%"
+    )
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = rows_of(facts)
+    if not facts.has_begun:
+        rows.append(("", "waiting for a task manager to be ready"))
+    if len(models) > 1:
+        loads = ", ".join(_load(*model) for model in list(models.items())[:_MODELS_THAT_FIT])
+        rows.append(("requests", loads))
+    for name, text in rows:
+        table.add_row(name, Text(text, style="red" if name == "errors" and facts.failed else ""))
+    return Group(head, table)
 
 
 class LineDisplay:
-    """A plain line every ten seconds."""
+    """A plain line a minute."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._rates = Rates()
         self._shown_at: float | None = None
+        self._waits = False
 
     def show(self, status: dict[str, Any], now: float) -> None:
         """Print a line when it is time."""
         self._rates.add(now, status["done"], status["completion_tokens"])
-        if not status["next_work_id"] and not status["done"]:
-            if self._shown_at is None:
+        facts = facts_of(status, self._rates)
+        if not facts.has_begun:
+            if not self._waits:
+                self._waits = True
                 self.note("waiting for a task manager to be ready")
-                self._shown_at = now
             return
-        if self._shown_at is None or now - self._shown_at >= _LINE_EVERY_S:
+        if self._shown_at is None or now - self._shown_at >= LINE_EVERY_S:
             self._shown_at = now
-            about = "" if status["total_is_exact"] else "about "
-            self.note(f"of {about}{status['total']} lines: {facts(status, self._rates)}")
+            self.show_facts(facts, status.get("models"))
+
+    def show_facts(self, facts: RunFacts, models: dict[str, Any] | None = None) -> None:
+        """Print these facts now."""
+        self.note(whole_line_of(facts, models))
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -170,3 +205,14 @@ class LineDisplay:
 
     def close(self) -> None:
         """Nothing to undo."""
+
+
+class LogDisplay(LineDisplay):
+    """A line a minute into the log, for programs that read it."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def note(self, text: str) -> None:
+        """Log it."""
+        log.info("%s", text)

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from dispatcher.config import RunSettings
+from dispatcher.core.buckets import BATCH_BOUNDS, Buckets
 from dispatcher.core.failures import FailureTrend, Jump, Pause
 from dispatcher.core.results import error_kind, lease_serials, valid_results
 from dispatcher.core.work_queue import (
@@ -143,6 +144,8 @@ class DispatchService:
         self.invalid_results = 0
         self.duplicate_results = 0
         self.spooled_results = 0
+        self.items_handed_out = Buckets(BATCH_BOUNDS)
+        self.results_taken = Buckets(BATCH_BOUNDS)
         self._monotonic = clock
         self._clock = AwakeClock(clock, min(_LONGEST_GAP_S, settings.policy.lease_term_s / 4))
         self._files = files or Files()
@@ -286,6 +289,7 @@ class DispatchService:
             self.queue.note_idle(worker, 0)  # answered, or cancelled because the client left
         await self._barrier(queue)
         if items:
+            self.items_handed_out.observe(len(items))
             if len(queue.steps):
                 await self._attach_steps(items, queue)
             return BatchWorkResponse(WorkStatus.OK, items=items)
@@ -430,6 +434,11 @@ class DispatchService:
         self._notify()
         await self._barrier(queue)
         return queue.pause
+
+    @property
+    def writer(self) -> RunWriter | None:
+        """The writer, for its figures; None before the start and when there is nothing to write."""
+        return self._writer
 
     def reported(self) -> WorkerStats:
         """Return what the workers reported since this server started, added up."""
@@ -631,6 +640,7 @@ class DispatchService:
         else:
             outcomes = self._take_one_by_one(items, serials, results, now)
         self.duplicate_results += outcomes.count(Outcome.DUPLICATE)
+        self.results_taken.observe(len(items))
         await self._settle()
         return outcomes
 

@@ -22,6 +22,8 @@ FLOORS = [
     ("dispatcher.storage", 2),
     ("dispatcher.client", 2),
     ("dispatcher.server_file", 2),
+    ("dispatcher.run_facts", 1),
+    ("dispatcher.logs", 1),
     ("dispatcher.progress", 2),
     ("dispatcher.run_command", 2),
     ("dispatcher.taskmanager.task", 2),
@@ -39,6 +41,7 @@ FLOORS = [
     ("dispatcher.preview", 5),
     ("dispatcher.doctor", 6),
     ("dispatcher.launch", 6),
+    ("dispatcher.watch", 6),
     ("dispatcher.cli", 6),
 ]
 

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 
 from dispatcher.progress import (
-    BarDisplay,
     LineDisplay,
-    Rates,
-    clock,
-    facts,
+    LiveDisplay,
+    line_of,
     make_display,
     model_lines,
 )
+from dispatcher.run_facts import Rates, causes_text, clock, facts_of, facts_of_summary
 
 
 def status(done: int = 0, total: int = 100, **fields: Any) -> dict[str, Any]:
@@ -31,6 +30,10 @@ def status(done: int = 0, total: int = 100, **fields: Any) -> dict[str, Any]:
         "output_error": None,
         **fields,
     }
+
+
+def facts(status: dict[str, Any], rates: Rates) -> str:
+    return line_of(facts_of(status, rates), status.get("models"))
 
 
 def rates_of(*samples: tuple[float, int, int]) -> Rates:
@@ -80,11 +83,41 @@ def test_a_run_at_its_beginning_says_little() -> None:
 
 def test_a_run_under_way_says_all_that_matters() -> None:
     rates = rates_of((0.0, 0, 0), (10.0, 20, 5000))
-    now = status(20, 140, failed=3, issued=8)
+    errors = {"timeout": 1, "bad_answer": 2}
+    now = status(20, 140, failed=3, issued=8, errors=errors, workers=4, pending=7, waiting_for=13)
 
     assert facts(now, rates) == (
-        "20 done, 3 with errors, 8 in flight, 2.0 items/s, 500 tokens/s, 1:00 left"
+        "20 done, 3 with errors (bad_answer 2, timeout 1), 8 in flight, 2.0 items/s, "
+        "500 tokens/s, 4 workers, 1:00 left at the pace of the last 0:10, "
+        "7 results wait behind line 13"
     )
+
+
+def test_what_the_server_says_of_pace_and_time_left_is_what_is_told() -> None:
+    """Its page shows the same figures."""
+    rates = rates_of((0.0, 0, 0), (10.0, 20, 5000))
+    told = {"rate": {"items_per_s": 7.0, "tokens_per_s": 0.0, "over_s": 30.0}}
+    told["time_left"] = {"seconds": 90.0, "items_per_s": 5.0, "over_s": 300.0}
+    text = facts(status(20, 140, **told), rates)
+    assert "7.0 items/s, 1:30 left at the pace of the last 5:00" in text
+    assert "left" not in facts(status(20, 140, time_left=None), rates)
+
+
+def test_a_window_that_holds_lines_back_is_told() -> None:
+    text = facts(status(pending=7, waiting_for=13, blocked_by_window=True), Rates())
+    assert "behind line 13; no new line before it is done (--window)" in text
+
+
+def test_causes_are_told_the_most_frequent_first_and_none_is_lost() -> None:
+    assert causes_text({"b": 1, "a": 1, "c": 5}, 9) == "c 5, a 1, b 1, 2 of other kinds"
+    assert causes_text({}, 0) == ""
+
+
+def test_status_and_summary_of_a_complete_run_are_told_alike() -> None:
+    errors = {"bad_answer": 7, "timeout": 1}
+    from_status = facts_of(status(100, failed=8, errors=errors, state="complete"), Rates())
+    from_summary = facts_of_summary({"done": 100, "failed": 8, "errors": errors})
+    assert from_status == from_summary
 
 
 def test_a_run_at_its_end_has_no_time_left() -> None:
@@ -178,24 +211,24 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_a_terminal_gets_a_bar_and_a_file_gets_lines() -> None:
-    bar = make_display(Terminal())
-    assert isinstance(bar, BarDisplay)
-    bar.close()
+def test_a_terminal_gets_a_live_view_and_a_file_gets_lines() -> None:
+    live = make_display(Terminal())
+    assert isinstance(live, LiveDisplay)
+    live.close()
     assert isinstance(make_display(io.StringIO()), LineDisplay)
 
 
-def test_a_line_comes_at_once_and_then_every_ten_seconds() -> None:
+def test_a_line_comes_at_once_and_then_once_a_minute() -> None:
     stream = io.StringIO()
     display = LineDisplay(stream)
-    for tenth in range(0, 251, 5):
-        display.show(status(tenth), 1000 + tenth / 10)
+    for second in range(0, 151, 5):
+        display.show(status(second, 1000), 1000 + second)
     display.close()
 
     lines = stream.getvalue().splitlines()
-    assert [re.search(r": (\d+) done", line)[1] for line in lines] == ["0", "100", "200"]  # type: ignore[index]
-    assert lines[0] == "of 100 lines: 0 done, 0 in flight, 0.0 items/s"
-    assert "10.0 items/s" in lines[1]
+    assert [re.search(r": (\d+) done", line)[1] for line in lines] == ["0", "60", "120"]  # type: ignore[index]
+    assert lines[0] == "of 1000 lines: 0 done, 0 in flight, 0.0 items/s"
+    assert "1.0 items/s" in lines[1]
 
 
 def test_while_nobody_has_asked_for_work_it_says_once_what_it_waits_for() -> None:
@@ -223,11 +256,11 @@ def test_a_note_is_a_line_of_its_own() -> None:
 
 
 def shown(**fields: Any) -> str:
-    """Return what a bar leaves on the terminal, without its colours."""
+    """Return what a live view leaves on the terminal, without its colours."""
     stream = Terminal()
-    display = BarDisplay(stream)
+    display = LiveDisplay(stream)
     try:
-        display._progress.console.width = 200
+        display.console.width = 200
         display.show(status(25, **fields), 0.0)
         display.note("a note with [brackets] in it")
     finally:
@@ -235,23 +268,25 @@ def shown(**fields: Any) -> str:
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
 
 
-def test_a_bar_shows_how_far_it_is_with_the_facts() -> None:
-    text = shown()
+def test_a_live_view_shows_how_far_it_is_with_the_facts() -> None:
+    text = shown(failed=3, errors={"bad_answer": 3}, workers=4)
     assert "25%" in text
-    assert "25 done, 0 in flight" in text
+    assert "25 of 100 lines" in text
+    assert re.search(r"errors +3: bad_answer 3", text)
+    assert re.search(r"workers +4", text)
 
 
-def test_a_note_goes_above_the_bar_as_it_is() -> None:
+def test_a_note_goes_above_the_view_as_it_is() -> None:
     assert "a note with [brackets] in it" in shown()
 
 
 @pytest.mark.parametrize("error", ["cannot write /data/[run]/out", "cannot write [/data]"])
-def test_a_bar_shows_an_output_error_as_it_is(error: str) -> None:
+def test_a_live_view_shows_an_output_error_as_it_is(error: str) -> None:
     assert error in shown(output_error=error)
 
 
-def test_a_bar_of_an_empty_input_is_no_division_by_zero() -> None:
+def test_a_live_view_of_an_empty_input_is_no_division_by_zero() -> None:
     stream = Terminal()
-    display = BarDisplay(stream)
+    display = LiveDisplay(stream)
     display.show(status(0, 0), 0.0)
     display.close()

@@ -6,6 +6,7 @@ worker, or the server (a tombstone, a line that cannot be read).
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -177,5 +178,5 @@ def _least_of_a_jump(done: int, expected: float) -> float:
         _JUMP_LEAST_LINES,
         _JUMP_LEAST_SHARE * done,
         _JUMP_FACTOR * expected,
-        expected + _JUMP_DEVIATIONS * (expected + 1) ** 0.5,
+        expected + _JUMP_DEVIATIONS * math.sqrt(expected + 1),
     )

@@ -15,7 +15,7 @@ import json
 import math
 import unicodedata
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from dispatcher.preview.record import Exchange, LineRecord, parsed
 
@@ -199,7 +199,7 @@ def _figures(exchanges: Sequence[Exchange], seconds: float, *, count: bool = Tru
     return ", ".join([*parts, f"{seconds:.2f} s"])
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any) -> TypeGuard[list[Any]]:
     return isinstance(value, list)
 
 

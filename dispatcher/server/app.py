@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import socket
 import ssl
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
 
 import msgspec
 from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from dispatcher.core.buckets import CALL_BOUNDS_S, Buckets
 from dispatcher.errors import (
     AccessDeniedError,
     BadRequestError,
@@ -42,9 +44,11 @@ from dispatcher.service import DispatchService
 SERVICE = web.AppKey("service", DispatchService)
 GATE = web.AppKey("gate", Gate)
 CONNECTIONS = web.AppKey("connections", Connections)
+CALL_TIMES = web.AppKey("call_times", dict[str, Buckets])
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _encode = msgspec.json.Encoder().encode
 _NEVER_S = 1e9
+_TIMED_CALLS = ("/work", "/results", "/release", "/heartbeat", "/steps", "/status", "/metrics")
 log = logging.getLogger(__name__)
 
 
@@ -66,6 +70,7 @@ def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -
     app = web.Application(client_max_size=access.BODY_BYTES)
     app[SERVICE] = service
     app[CONNECTIONS] = Connections(limits or ConnectionLimits())
+    app[CALL_TIMES] = {path: Buckets(CALL_BOUNDS_S) for path in _TIMED_CALLS}
     app.add_routes(
         [
             web.get("/work", get_work, allow_head=False),
@@ -109,7 +114,8 @@ async def listen(
     await runner.setup()
     server = runner.server
     assert server is not None
-    server.request_handler = FrontDoor(server.request_handler, gate, connections)
+    call_times = app[CALL_TIMES]
+    server.request_handler = FrontDoor(server.request_handler, gate, connections, call_times)
     await connections.start(server, listener, tls)
     return runner
 
@@ -128,13 +134,21 @@ class FrontDoor:
     (`Expect: 100-continue`), and costs more.
     """
 
-    def __init__(self, inside: Handler, gate: Gate, connections: Connections) -> None:
+    def __init__(
+        self,
+        inside: Handler,
+        gate: Gate,
+        connections: Connections,
+        times: Mapping[str, Buckets],
+    ) -> None:
         self._inside = inside
         self._gate = gate
         self._connections = connections.open
+        self._times = times
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request."""
+        began = time.perf_counter()
         body = request.content
         is_here = body.is_eof()
         connection = self._connections.get(request.protocol)
@@ -147,7 +161,10 @@ class FrontDoor:
                 return _unauthorized(access.WRONG_TOKEN if shown else access.NO_TOKEN)
             if not is_here and (request.content_length or 0) > access.BODY_BYTES:
                 return _closing(_problem(413, _TOO_LARGE))
-            return await self._inside(request)
+            reply = await self._inside(request)
+            if (times := self._times.get(request.path)) is not None:
+                times.observe(time.perf_counter() - began)
+            return reply
         except BadRequestError as error:
             return _problem(400, str(error))
         except AccessDeniedError as error:
@@ -268,7 +285,9 @@ async def post_max_failures(request: web.Request) -> web.Response:
 
 async def get_metrics(request: web.Request) -> web.Response:
     """GET /metrics"""
-    body, content_type = render_metrics(request.app[SERVICE], len(request.app[CONNECTIONS]))
+    call_times = request.app[CALL_TIMES]
+    connections = len(request.app[CONNECTIONS])
+    body, content_type = render_metrics(request.app[SERVICE], connections, call_times)
     return web.Response(body=body, headers={"Content-Type": content_type})
 
 

@@ -2,28 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
+from typing import Any
 
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
     HistogramMetricFamily,
+    InfoMetricFamily,
     Metric,
 )
 from prometheus_client.registry import Collector
 
+from dispatcher import __version__
+from dispatcher.core.buckets import Buckets
 from dispatcher.models import LATENCY_BOUNDS_S, Histogram, ModelStats
 from dispatcher.service import DispatchService
 
 
 class RunCollector(Collector):
-    """Turns the service's state into metric families; keeps no numbers of its own."""
+    """Turns the service's state into metric families; keeps no numbers of its own.
 
-    def __init__(self, service: DispatchService, connections: int) -> None:
+    No worker, line or client is a label: there may be any number of them.
+    """
+
+    def __init__(
+        self, service: DispatchService, connections: int, call_times: Mapping[str, Buckets]
+    ) -> None:
         self._service = service
         self._connections = connections
+        self._call_times = call_times
 
     def collect(self) -> Iterable[Metric]:
         """Return the metrics as they are now."""
@@ -78,7 +93,110 @@ class RunCollector(Collector):
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value)
+        yield from self._run_metrics(status)
+        yield from self._batch_metrics()
+        yield from self._journal_metrics()
         yield from _model_metrics(self._service.reported().models)
+
+    def _run_metrics(self, status: dict[str, Any]) -> Iterable[Metric]:
+        run = {"run": self._service.run_id, "version": __version__}
+        yield InfoMetricFamily("dispatcher_run", "The run that this server serves.", run)
+        yield CounterMetricFamily(
+            "dispatcher_items_read", "Lines read of the input.", status["next_work_id"]
+        )
+        yield CounterMetricFamily(
+            "dispatcher_items_written", "Lines written into the output.", status["written"]
+        )
+        yield GaugeMetricFamily(
+            "dispatcher_items_expected",
+            "Lines of the input; an estimate until all were read.",
+            status["total"],
+        )
+        errors = GaugeMetricFamily(
+            "dispatcher_error_lines",
+            "Lines whose result is an error; fewer when a late result replaces one.",
+            labels=["kind"],
+        )
+        for kind, count in status["errors"].items():
+            errors.add_metric([kind], count)
+        yield errors
+        results = CounterMetricFamily(
+            "dispatcher_results_unused",
+            "Results handed in to this server that were not taken.",
+            labels=["reason"],
+        )
+        for reason in ("duplicate", "invalid"):
+            results.add_metric([reason], status[f"{reason}_results"])
+        yield results
+        yield CounterMetricFamily(
+            "dispatcher_results_spooled",
+            "Results that this server found in the spool.",
+            status["spooled_results"],
+        )
+        alive = [w for w in self._service.queue.workers.values() if w.vanished_at is None]
+        backends = GaugeMetricFamily(
+            "dispatcher_worker_backends",
+            "Workers that are alive, by the state of their model server.",
+            labels=["state"],
+        )
+        up = sum(worker.backend_up for worker in alive)
+        backends.add_metric(["up"], up)
+        backends.add_metric(["down"], len(alive) - up)
+        yield backends
+        yield GaugeMetricFamily(
+            "dispatcher_output_paused",
+            "1 while the output cannot be written, and results are kept in the journal.",
+            float(status["output_error"] is not None),
+        )
+
+    def _batch_metrics(self) -> Iterable[Metric]:
+        calls = HistogramMetricFamily(
+            "dispatcher_call_duration_seconds",
+            "From a call's head to its reply; of /work, with the time it waited for work.",
+            labels=["call"],
+            unit="seconds",
+        )
+        for path, times in self._call_times.items():
+            calls.add_metric([path[1:]], times.cumulative(), times.total)
+        yield calls
+        service = self._service
+        yield _histogram(
+            "dispatcher_work_batch_items", "Lines handed out in a reply.", service.items_handed_out
+        )
+        yield _histogram(
+            "dispatcher_result_batch_items", "Results handed in at once.", service.results_taken
+        )
+
+    def _journal_metrics(self) -> Iterable[Metric]:
+        writer = self._service.writer
+        if writer is None:
+            return
+        yield _histogram(
+            "dispatcher_journal_sync_duration_seconds",
+            "From writing a commit to the journal until it is on disk.",
+            writer.sync_seconds,
+        )
+        yield _histogram(
+            "dispatcher_journal_commit_size_bytes",
+            "What was made durable at once.",
+            writer.commit_bytes,
+        )
+        yield GaugeMetricFamily(
+            "dispatcher_journal_segment_bytes",
+            "The size of the journal's segment that is being written.",
+            writer.journal_bytes,
+        )
+        yield GaugeMetricFamily(
+            "dispatcher_output_unsynced_bytes",
+            "What was appended to the output since it was last synced.",
+            writer.output.unsynced_bytes,
+        )
+
+
+def _histogram(name: str, text: str, buckets: Buckets) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(name, text)
+    family.add_metric([], buckets.cumulative(), buckets.total)
+    return family
 
 
 _MODEL_COUNTERS: dict[str, tuple[str, Callable[[ModelStats], int]]] = {
@@ -129,8 +247,11 @@ def _model_metrics(models: dict[str, ModelStats]) -> Iterable[Metric]:
         yield family
 
 
-def render_metrics(service: DispatchService, connections: int) -> tuple[bytes, str]:
+def render_metrics(
+    service: DispatchService, connections: int, call_times: Mapping[str, Buckets]
+) -> tuple[bytes, str]:
     """Return the exposition and its content type."""
     registry = CollectorRegistry()
-    registry.register(RunCollector(service, connections))
+    registry.register(RunCollector(service, connections, call_times))
+    ProcessCollector(registry=registry)
     return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -6,11 +6,13 @@ Everything here runs in the service's writer thread, one call at a time.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from dispatcher.core.buckets import COMMIT_BOUNDS_BYTES, SYNC_BOUNDS_S, Buckets
 from dispatcher.core.events import (
     Event,
     Finished,
@@ -138,6 +140,13 @@ class RunWriter:
         self._bytes_limit, self._results_limit = SEGMENT_BYTES, SEGMENT_RESULTS
         self._output_lost = False
         self.output_error: str | None = None
+        self.sync_seconds = Buckets(SYNC_BOUNDS_S)
+        self.commit_bytes = Buckets(COMMIT_BOUNDS_BYTES)
+
+    @property
+    def journal_bytes(self) -> int:
+        """The size of the segment that is being written."""
+        return self._journal.segment_bytes
 
     @property
     def segment_is_full(self) -> bool:
@@ -190,7 +199,10 @@ class RunWriter:
             batch.body += b"\n"
         offsets: list[int] = []
         if batch.body:
+            began = time.perf_counter()
             start = self._journal.append(batch.body)
+            self.sync_seconds.observe(time.perf_counter() - began)
+            self.commit_bytes.observe(len(batch.body))
             offsets = self._note_results(batch, start)
             for event, end in batch.step_events:
                 self._steps.note(event, self._journal.current_segment, start + end)
