@@ -23,6 +23,13 @@ from dispatcher.storage.run_state import load_run_file
 
 _STATUS_TIMEOUT_S = 5.0
 
+_EXAMPLES = """\
+examples:
+  dispatcher watch @answers.jsonl.dispatch/server.json
+  dispatcher watch http://127.0.0.1:8000 --every 10
+
+exit codes: 0 the run is complete, or Ctrl-C, 1 error, 2 usage"""
+
 
 def build_parser() -> Parser:
     """Return the command's options."""
@@ -30,9 +37,7 @@ def build_parser() -> Parser:
         prog="dispatcher watch",
         description="Show how a run goes until it is complete: on a terminal a live view, "
         "elsewhere a line a minute. It only looks; Ctrl-C ends the looking and not the run.",
-        epilog="examples: dispatcher watch @answers.jsonl.dispatch/server.json; "
-        "dispatcher watch http://127.0.0.1:8000. exit codes: 0 the run is complete, or Ctrl-C; "
-        "1 error; 2 usage",
+        epilog=_EXAMPLES,
     )
     parser.add_argument(
         "address",

@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from dispatcher import fakellm, launch
+from dispatcher import fakellm, launch, watch
+from dispatcher.doctor import command as doctor
 from dispatcher.errors import ExitCode
 from dispatcher.help_text import HelpFormatter
 from dispatcher.runs import cli as runs
@@ -48,6 +49,8 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         "dispatcher run": launch.build_parser(),
         "dispatcher server": server.build_parser(),
         "dispatcher task-run": taskmanager.build_parser(),
+        "dispatcher doctor": doctor.build_parser(),
+        "dispatcher watch": watch.build_parser(),
         "dispatcher runs": runs.build_parser(),
     }
     found |= {f"dispatcher slurm {name}": parser for name, parser in slurm.parsers().items()}

@@ -42,6 +42,13 @@ from dispatcher.taskmanager.task.loading import parse_task_args
 
 _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
+_EXAMPLES = """\
+example:
+  dispatcher doctor --task my_tasks.py:MyTask --input prompts.jsonl --output answers.jsonl \\
+      --no-launch --port 8001 --model org/model
+
+exit codes: 0 no problem, 1 a problem, 2 usage"""
+
 
 def build_parser() -> Parser:
     """Return the command's options: those of `dispatcher run`, none of them required."""
@@ -51,9 +58,7 @@ def build_parser() -> Parser:
         "line a check. Takes the options of dispatcher run, also by their names in "
         "dispatcher-server and dispatcher-task-run, and checks what they name; nothing is left "
         "behind, and no model is asked to generate.",
-        epilog="example: dispatcher doctor --task my_tasks.py:MyTask --input prompts.jsonl "
-        "--output answers.jsonl --backend openai --base-url http://node7:8000/v1 --model org/model "
-        "-- exit codes: 0 no problem, 1 a problem, 2 usage",
+        epilog=_EXAMPLES,
     )
     add_task_options(parser)
     files = parser.add_argument_group("files")

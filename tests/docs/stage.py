@@ -107,15 +107,18 @@ class Stage:
         commands = [re.split(r"\s+# ", command)[0] for command in commands_of(text)]
         commands = [each for each in commands if not each.startswith(tuple(ELSEWHERE))]
         has_run = "answers.jsonl" in text and not any(map(_MAKES_ANSWERS.search, commands))
-        if has_run and "slurm" not in text:
+        if has_run and not re.search("slurm|dispatcher watch", text):
             self.leave_run(is_complete="--failed-to" in text, is_served="dispatcher-server" in text)
         ports = dict(zip(("8000", "8001"), map(str, free_ports(2)), strict=True))
         with ExitStack() as others:
             is_served = any(each.startswith("dispatcher-server ") for each in commands)
-            if not is_served and any("--dispatcher " in each for each in commands):
+            is_watched = any(each.startswith("dispatcher watch ") for each in commands)
+            if not is_served and (is_watched or any("--dispatcher " in each for each in commands)):
                 options = ["--no-auth", "--port", ports["8000"]]
                 others.enter_context(self.process(*_SERVER.split(), *options))
                 wait_until(self._serves, "a server", 30)
+            if is_watched:
+                others.enter_context(self.process(*_WORKER.split()))
             if "--no-launch" in text:
                 fake = [sys.executable, "-m", "dispatcher.fakellm", "--port", ports["8001"]]
                 model = others.enter_context(self.process(*fake))
@@ -177,6 +180,7 @@ def _script(commands: Iterable[str], ports: Mapping[str, str]) -> list[str]:
         for shown, here in REPLACED.items():
             command = command.replace(shown, here)
         command = command.replace("HOST:8000", f"127.0.0.1:{ports['8000']}")
+        command = command.replace("127.0.0.1:8000", f"127.0.0.1:{ports['8000']}")
         command = re.sub(r"(?<=--port )(8000|8001)\b", lambda port: ports[port[1]], command)
         if command.startswith("dispatcher-server "):
             script += [f"{command} & server=$!", _UNTIL_IT_SERVES]
