@@ -275,7 +275,7 @@ def _say_once(sentence: str) -> None:
 
 
 class Wire:
-    """The calls of the protocol (server/PROTOCOL.md), without I/O."""
+    """The calls of the protocol (docs/protocol.md), without I/O."""
 
     def __init__(self, timeout_s: float) -> None:
         self._timeout_s = timeout_s

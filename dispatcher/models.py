@@ -1,4 +1,4 @@
-"""The types that travel on the wire (see server/PROTOCOL.md for every call and reply).
+"""The types that travel on the wire (see docs/protocol.md for every call and reply).
 
 The first fields of each type are what existing clients and servers know; everything added
 later has a default, so either side may be older than the other.

@@ -1015,7 +1015,8 @@ class DispatchService:
 
 _GO_ON = (
     "what is under way may finish; mend the cause, then start the run again with --accept-failures "
-    "or a higher --max-failures, or tell the running server by POST /max_failures (PROTOCOL.md)"
+    "or a higher --max-failures, or tell the running server by POST /max_failures "
+    "(docs/protocol.md)"
 )
 
 

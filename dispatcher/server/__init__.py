@@ -1,1 +1,1 @@
-"""The HTTP server: hands out lines, takes results. See PROTOCOL.md."""
+"""The HTTP server: hands out lines, takes results. See docs/protocol.md."""

@@ -1,4 +1,4 @@
-"""The routes: decode, one call of the service, encode. PROTOCOL.md describes them."""
+"""The routes: decode, one call of the service, encode. docs/protocol.md describes them."""
 
 from __future__ import annotations
 
@@ -326,7 +326,8 @@ _TOO_LARGE = f"the body is larger than {access.BODY_BYTES >> 20} MiB; send less 
 def _http_problem(error: web.HTTPException) -> web.Response:
     if error.status == 413:
         return _closing(_problem(413, _TOO_LARGE))
-    reply = _problem(error.status, f"{error.reason}: PROTOCOL.md has every call of this server")
+    hint = "docs/protocol.md has every call of this server"
+    reply = _problem(error.status, f"{error.reason}: {hint}")
     if "Allow" in error.headers:
         reply.headers["Allow"] = error.headers["Allow"]
     return reply

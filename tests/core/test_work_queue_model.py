@@ -1,8 +1,8 @@
 """The work queue against a model of it: random lives, and after every step both say the same.
 
-The model is the table "who pays" of the design and PROTOCOL.md written down in the plainest way:
-a list of lines, each with its live leases, looked through from end to end at every question. It
-knows no heaps, no deadlines kept ahead, no events. Beside the queue runs a second one that gets
+The model is the table "who pays" of the design and docs/protocol.md written down in the plainest
+way: a list of lines, each with its live leases, looked through from end to end at every question.
+It knows no heaps, no deadlines kept ahead, no events. Beside the queue runs a second one that gets
 nothing but the queue's events, through JSON as the journal writes them; it must be the same too.
 
 Sequences are repeated by DISPATCHER_TEST_SEED, a failure also by the blob that is printed: put it

@@ -26,7 +26,6 @@ REPLACED = {
     "--gpus-per-node 8 --worker-jobs 16": "--worker-jobs 2",
     "--gpus-per-node 1 --server-partition cpu --worker-jobs 16": "--server-partition cpu",
     "--array=1-16": "--array=1-2",
-    "tail -f": "tail -n 3",
     "/data/runs": ".",
 }
 
@@ -39,6 +38,7 @@ ELSEWHERE = {
     "bash scripts/quickstart.sh": "tests/test_runs.py",
     "bash scripts/test.sh": ".ci/run",
     QUICK_START: "scripts/quickstart.sh",
+    "sbatch slurm/run.sbatch": "tests/slurm/test_run.py",
 }
 
 MY_TASKS = """\

@@ -38,11 +38,11 @@ def is_run_here(block: Block) -> bool:
 
 
 def params(blocks: list[Block]) -> list[object]:
-    """Return blocks as parameters of a test, marked with what they need."""
+    """Return blocks as parameters of a test, each once, marked with what they need."""
+    once = {tuple(commands_of(block.text)): block for block in blocks if is_run_here(block)}
     return [
         pytest.param(b, id=b.name, marks=[pytest.mark.vllm] * (".venv-vllm" in b.text))
-        for b in blocks
-        if is_run_here(b)
+        for b in once.values()
     ]
 
 
