@@ -141,7 +141,7 @@ written to STATE/slurm/.
 examples:
   dispatcher slurm {command} --infile prompts.jsonl --outfile answers.jsonl \\
       --task my_tasks.py:MyTask --model org/model --gpus-per-node 8 {shape}
-  dispatcher slurm {command} --config answers.yaml --dry-run  # print what would be submitted
+  dispatcher slurm {command} --config {config} --dry-run  # print what would be submitted
   dispatcher slurm {command} --resume answers.jsonl.dispatch  # go on with the same settings
 
 exit codes: 0 submitted, or complete already, 1 error, 2 usage"""
@@ -156,11 +156,12 @@ def build_parser(command: str) -> Parser:
         if is_start
         else "Submit a run as one job: the server on its first node, task managers on all"
     )
+    config = "answers.yaml" if is_start else "job.yaml"
     shape = "--worker-jobs 16" if is_start else "--nodes 4 --tasks-per-node 8"
     parser = Parser(
         prog=f"dispatcher slurm {command}",
         description=f"{what}. The same command, or --resume, goes on with a run that was stopped.",
-        epilog=_EPILOG.format(command=command, shape=shape),
+        epilog=_EPILOG.format(command=command, shape=shape, config=config),
     )
     group = parser.add_argument_group("the run")
     for setting in SETTINGS:

@@ -88,6 +88,7 @@ _WORKER = (
 )
 _SERVER = "dispatcher-server --infile prompts.jsonl --outfile answers.jsonl"
 _UNTIL_IT_SERVES = f"for _ in $(seq 300); do [ ! -s {_SERVER_FILE} ] || break; sleep 0.1; done"
+_WATCHES = re.compile("dispatcher watch ")
 _MAKES_ANSWERS = re.compile(r"(?:--output |--outfile |OUTPUT=)answers\.jsonl|^dispatcher-task-run")
 
 
@@ -112,7 +113,7 @@ class Stage:
         ports = dict(zip(("8000", "8001"), map(str, free_ports(2)), strict=True))
         with ExitStack() as others:
             is_served = any(each.startswith("dispatcher-server ") for each in commands)
-            is_watched = any(each.startswith("dispatcher watch ") for each in commands)
+            is_watched = any(map(_WATCHES.match, commands))
             if not is_served and (is_watched or any("--dispatcher " in each for each in commands)):
                 options = ["--no-auth", "--port", ports["8000"]]
                 others.enter_context(self.process(*_SERVER.split(), *options))
@@ -202,7 +203,9 @@ def make_stage(directory: Path, cerebras_url: str, environ: Mapping[str, str]) -
     (directory / "prompts.jsonl").write_text("".join(map(_prompt, range(LINES))))
     (directory / "run.yaml").write_text(RUN_YAML)
     (directory / "limits.yaml").write_text(yaml_block("README.md", "models_to_run"))
-    (directory / "answers.yaml").write_text(yaml_block("slurm/README.md", "# answers.yaml"))
+    submitted = yaml_block("slurm/README.md", "# answers.yaml")
+    (directory / "answers.yaml").write_text(submitted)
+    (directory / "job.yaml").write_text(submitted.replace("server_partition: cpu\n", ""))
     programs = directory / "bin"
     programs.mkdir()
     for name, text in (("vllm", VLLM), ("apptainer", APPTAINER)):

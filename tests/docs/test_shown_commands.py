@@ -116,7 +116,7 @@ def test_a_shown_command_works_on_a_cluster(
     block: Block, cluster_stage: Stage, cluster: Cluster
 ) -> None:
     stage = cluster_stage
-    if not re.search(r"sbatch|--infile|--config", block.text):
+    if not re.search(r"\.sbatch|--infile|--config", block.text):
         kind = "run" if " slurm run " in block.text else "start"
         stage.type(f"dispatcher slurm {kind} {OPTIONS}")
         if "--resume" in block.text:
@@ -124,4 +124,6 @@ def test_a_shown_command_works_on_a_cluster(
     said = stage.type(block.text)
 
     assert "Traceback" not in said
+    if "remove-workers" in block.page:
+        stage.type("dispatcher slurm stop answers.jsonl")
     wait_until(lambda: not cluster.run("squeue", "--noheader"), "all jobs to end", 200)
