@@ -20,6 +20,7 @@ from typing import Any
 
 import uvloop
 
+from dispatcher import logs
 from dispatcher.client import AsyncWorkClient
 from dispatcher.config import (
     Parser,
@@ -36,7 +37,7 @@ from dispatcher.errors import (
     QuotaExhaustedError,
     UsageError,
 )
-from dispatcher.progress import Display, make_display, model_lines
+from dispatcher.progress import Display, LogDisplay, make_display, model_lines
 from dispatcher.run_command import (
     LOCAL_RUN,
     Handed,
@@ -105,6 +106,7 @@ def build_parser() -> Parser:
     add_resume_options(parser, has_task=True)
     add_backend_options(parser)
     add_run_limits(parser)
+    logs.add_log_options(parser)
     return parser
 
 
@@ -113,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     noted: Path | None = None
     try:
         start = read_start(LOCAL_RUN, build_parser(), argv)
+        logs.start_logging(start.args.log_format, with_content=start.args.log_content)
         slices = _check(start)
         command = describe_command(start)
         if command is not None:
@@ -232,7 +235,8 @@ class LocalRun:
         self._workers: list[Child] = []
         self._client: AsyncWorkClient | None = None
         self._status: dict[str, Any] = {}
-        self._display: Display = make_display()
+        is_for_programs = args.log_format == "json"
+        self._display: Display = LogDisplay() if is_for_programs else make_display()
 
     async def run(self) -> int:
         """Run to the end; return the exit code."""
@@ -288,6 +292,7 @@ class LocalRun:
             status = await self._client.status()
             if status:
                 self._status = status
+                logs.know(run=status.get("run"))
                 self._display.show(status, time.monotonic())
             if ended:
                 return  # and this status holds the totals that the workers left behind
@@ -391,6 +396,7 @@ class LocalRun:
     def _server_argv(self) -> list[str]:
         limits = Parser(add_help=False)
         add_run_limits(limits)
+        logs.add_log_options(limits)
         files = [f"--infile={self._args.input}", f"--outfile={self._args.output}"]
         command = [sys.executable, "-m", "dispatcher.server", *files]
         return [
@@ -404,6 +410,7 @@ class LocalRun:
         forwarded = Parser(add_help=False)
         add_task_options(forwarded)
         add_backend_options(forwarded)
+        logs.add_log_options(forwarded)
         changed: dict[str, Any] = {"log_dir": log_dir}
         if self._handed.task_args is not None:
             changed |= {"task_args": self._handed.task_args, "task_arg": []}

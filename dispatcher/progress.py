@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 LINE_EVERY_S = 60.0
 _MODELS_THAT_FIT = 3
 _NAME_THAT_FITS = 16
+log = logging.getLogger(__name__)
 
 
 class Display(Protocol):
@@ -203,3 +205,14 @@ class LineDisplay:
 
     def close(self) -> None:
         """Nothing to undo."""
+
+
+class LogDisplay(LineDisplay):
+    """A line a minute into the log, for programs that read it."""
+
+    def __init__(self) -> None:
+        super().__init__(sys.stderr)
+
+    def note(self, text: str) -> None:
+        """Log it."""
+        log.info("%s", text)

@@ -6,7 +6,6 @@ import json
 import re
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,9 +28,9 @@ def answer(item: WorkItem) -> str:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> Iterator[tuple[str | Path, ...]]:
+def files(tmp_path: Path) -> tuple[str | Path, ...]:
     (tmp_path / "in.jsonl").write_text('{"n": 1}\n' * LINES)
-    yield ("--infile", tmp_path / "in.jsonl", "--outfile", tmp_path / "out.jsonl")
+    return ("--infile", tmp_path / "in.jsonl", "--outfile", tmp_path / "out.jsonl")
 
 
 def test_watch_status_and_summary_agree_on_a_run_with_failing_lines(

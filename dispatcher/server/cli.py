@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import logging
 import os
 import signal
 import socket
@@ -17,8 +18,10 @@ from pathlib import Path
 
 import uvloop
 
+from dispatcher import logs
 from dispatcher.config import Parser, RunSettings, add_run_limits, number, run_settings_of
 from dispatcher.errors import DispatcherError, ExitCode, StorageError, UsageError
+from dispatcher.progress import LINE_EVERY_S, whole_line_of
 from dispatcher.run_command import (
     SERVER,
     add_resume_options,
@@ -27,6 +30,7 @@ from dispatcher.run_command import (
     resume_hint,
     take_handed_over,
 )
+from dispatcher.run_facts import Rates, facts_of
 from dispatcher.server import tls
 from dispatcher.server.access import Gate
 from dispatcher.server.app import listen, make_app, stop_listening
@@ -51,6 +55,7 @@ from dispatcher.storage.ownership import Ownership
 LINGER_S = 5.0
 LINGER_FOR_WORKERS_S = 15.0
 DRAIN_S = 20.0
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,7 @@ class Network:
     limits: ConnectionLimits
     speaks_tls: bool = False
     given_tls: Tls | None = None
+    is_quiet: bool = False
 
     @property
     def url(self) -> str:
@@ -163,6 +169,12 @@ def build_parser() -> Parser:
         metavar="N",
         help="connections open at once; further ones are closed",
     )
+    parser.add_argument(
+        "--quiet",
+        action="store_true",
+        help="say nothing of how the run goes (otherwise a line a minute on standard error)",
+    )
+    logs.add_log_options(parser)
     add_resume_options(parser, has_task=False)
     add_run_limits(parser)
     return parser
@@ -175,13 +187,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.set_threshold(50_000, 20, 50)
     try:
         settings, args = _read(argv)
+        logs.start_logging(args.log_format, with_content=args.log_content)
         token = None if args.no_auth else token_given(args.token_file)
         given = tls.given_tls(args.tls)
         limits = _limits(args.max_connections)
         with _listen(args.host, args.port) as listener:
             speaks_tls = tls.is_wanted(args.tls, listener.getsockname()[0])
             network = Network(
-                args.host, listener, not args.no_auth, token, limits, speaks_tls, given
+                args.host, listener, not args.no_auth, token, limits, speaks_tls, given, args.quiet
             )
             note_start(settings)
             ownership = Ownership(settings.state_dir, Files(), takeover=args.takeover)
@@ -246,11 +259,17 @@ async def serve(settings: RunSettings, network: Network, ownership: Ownership) -
         announcement = _announce(service, network, token, fingerprint)
         app = make_app(service, network.limits)
         context = encryption.context if encryption is not None else None
+        telling: asyncio.Task[None] | None = None
         runner = await listen(app, Gate(token, admin_token), network.listener, context)
         try:
             _print_start(service, announcement)
+            logs.know(run=service.run_id)
+            if not network.is_quiet:
+                telling = asyncio.create_task(_tell_progress(service))
             return await _serve_until_end(service, announcement, stop)
         finally:
+            if telling is not None:
+                telling.cancel()
             await service.drain()
             await stop_listening(runner)
     finally:
@@ -365,6 +384,20 @@ async def _serve_until_end(
     program = (settings.command or {}).get("program", SERVER)
     print(f"dispatcher-server: stopped; go on with: {resume_hint(program, settings.state_dir)}")
     return ExitCode.STOPPED
+
+
+async def _tell_progress(service: DispatchService) -> None:
+    """Say once a minute how the run goes, unless nothing at all changed since the last time."""
+    loop = asyncio.get_running_loop()
+    rates, said = Rates(), ""
+    while not service.finished.is_set() and service.failure is None:
+        status = service.status()
+        rates.add(loop.time(), status["done"], status["completion_tokens"])
+        line = whole_line_of(facts_of(status, rates), status["models"])
+        if line != said:
+            log.info("%s", line)
+        said = line
+        await asyncio.sleep(LINE_EVERY_S)
 
 
 async def _linger(service: DispatchService, stop: asyncio.Event) -> None:

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import contextlib
 import gc
-import logging
 import os
 import secrets
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 
 import uvloop
 
+from dispatcher import logs
 from dispatcher.config import Parser, add_run_limits, number, run_settings_of
 from dispatcher.errors import BackendRefusalError, DispatcherError, ExitCode, UsageError
 from dispatcher.models import ModelStats, WorkerStats
@@ -111,6 +111,7 @@ def build_parser() -> Parser:
     add_resume_options(parser, has_task=True)
     add_backend_options(parser)
     add_run_limits(parser)
+    logs.add_log_options(parser)
     return parser
 
 
@@ -140,11 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Thousands of requests in flight are many live objects; looking for cycles among them after
     # every few hundred allocations costs more than it frees.
     gc.set_threshold(20_000, 20, 50)
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
     try:
         start = read_start(TASK_RUN, build_parser(), argv)
+        logs.start_logging(start.args.log_format, with_content=start.args.log_content)
         backends = _check(start.args)
         if not start.is_complete:
             check_keys(backends, os.environ)
@@ -298,6 +297,7 @@ async def _run_manager(
         return _stats(backend, manager)
 
     worker = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    logs.know(worker=worker)
     source: LeasedSource
     if args.dispatcher is not None:
         source = from_server = DispatcherTaskSource(

@@ -212,7 +212,13 @@ class LeasedSource(WorkSource):
                     item, f"task_retry: {reason}", keep_yields=kept, fresh_start=not keep_steps
                 )
             case Raised(message, place):
-                log.warning("line %d: the task raised %s (%s)", item.work_id, message, place)
+                log.warning(
+                    "line %d: the task raised %s (%s)",
+                    item.work_id,
+                    message.partition(":")[0],
+                    place,
+                    extra={"work_id": item.work_id, "content": message},
+                )
                 if _is_last_attempt(item):
                     self._queue_result(item, exception_line(outcome, item))
                 else:
