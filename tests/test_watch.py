@@ -72,6 +72,8 @@ def test_watch_status_metrics_and_summary_agree_on_a_run_with_failing_lines(
     assert summary["errors"] == status["errors"] == {"bad_answer": 6, "timeout": 2}
     assert metrics["dispatcher_items_total", "ok"] == LINES - FAILING
     assert metrics["dispatcher_items_total", "error"] == FAILING
+    assert metrics["dispatcher_result_batch_items_count",] == 2
+    assert metrics["dispatcher_result_batch_items_sum",] == LINES
     causes = {name[1]: n for name, n in metrics.items() if name[0] == "dispatcher_error_lines"}
     assert causes == status["errors"]
     assert f"of {LINES} lines: {LINES} done, {FAILING} with errors ({CAUSES})" in said
