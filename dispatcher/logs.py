@@ -1,8 +1,9 @@
 """What processes log: lines for people, or JSON objects for programs.
 
-Every line names the run, the worker and the line of the input (`work_id`), where they are known.
-A record that belongs to one line has `extra={"work_id": N}`. What may quote a line or an answer
-goes into `extra={"content": text}` and is shown only when somebody asked for it.
+Every line names the run, the worker and the line of the input (`work_id`): in JSON with null for
+what there is none of, in text where there is one. A record that belongs to one line of the input
+has `extra={"work_id": N}`; what task code logs has it by `on_line`. What may quote a line or an
+answer goes into `extra={"content": text}` and is shown only when somebody asked for it.
 """
 
 from __future__ import annotations
@@ -10,11 +11,18 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
+from contextvars import ContextVar
 from datetime import UTC, datetime
+from typing import TypeVar
 
 from dispatcher.config import Parser
 
+T = TypeVar("T")
+
+_NAMES = ("run", "worker", "work_id")
 _known: dict[str, str] = {}
+_line: ContextVar[int | None] = ContextVar("line", default=None)
 
 
 def add_log_options(parser: Parser) -> None:
@@ -24,13 +32,14 @@ def add_log_options(parser: Parser) -> None:
         "--log-format",
         choices=("text", "json"),
         default="text",
-        help="lines for people, or a JSON object a line with time, level, message and, where "
-        "known, run, worker and work_id",
+        help="lines for people, or a JSON object a line with time, level, logger, message, run, "
+        "worker and work_id, null where there is none (default: text)",
     )
     group.add_argument(
         "--log-content",
         action="store_true",
-        help="let the log quote messages of tasks, which may hold text of prompts and answers",
+        help="let the log quote messages of tasks, which may hold text of prompts and answers "
+        "(default: only the kind and the place of an error)",
     )
 
 
@@ -51,12 +60,18 @@ def know(*, run: str | None = None, worker: str | None = None) -> None:
         _known["worker"] = worker
 
 
+def on_line(work_id: int | None, step: Callable[[], T]) -> T:
+    """Return what `step` returns; what it logs meanwhile in this thread belongs to the line."""
+    before = _line.set(work_id)
+    try:
+        return step()
+    finally:
+        _line.reset(before)
+
+
 def _facts(record: logging.LogRecord) -> dict[str, object]:
-    found: dict[str, object] = dict(_known)
-    for name in ("run", "worker", "work_id"):
-        if (value := getattr(record, name, None)) is not None:
-            found[name] = value
-    return found
+    known = {**_known, "work_id": _line.get()}
+    return {name: getattr(record, name, known.get(name)) for name in _NAMES}
 
 
 class TextFormatter(logging.Formatter):
@@ -71,7 +86,8 @@ class TextFormatter(logging.Formatter):
         text = super().formatMessage(record)
         if self._with_content and (content := getattr(record, "content", None)) is not None:
             text += f": {content}"
-        known = " ".join(f"{name}={value}" for name, value in _facts(record).items())
+        facts = _facts(record).items()
+        known = " ".join(f"{name}={value}" for name, value in facts if value is not None)
         return f"{text} [{known}]" if known else text
 
 

@@ -6,7 +6,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from dispatcher.run_facts import Rates, RunFacts, facts_of
+from dispatcher.run_facts import Rates, RunFacts, clock, facts_of
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -51,9 +51,9 @@ def line_of(facts: RunFacts, models: dict[str, Any] | None = None) -> str:
     if 1 < len(models) <= _MODELS_THAT_FIT:
         parts.append("requests " + " ".join(_load(*model) for model in models.items()))
     if facts.workers:
-        parts.append(f"{facts.workers} workers")
-    if facts.time_left:
-        parts.append(facts.time_left)
+        parts.append(f"{facts.workers} worker{'s' if facts.workers > 1 else ''}")
+    if facts.left_s is not None:
+        parts.append(f"{clock(facts.left_s)} left {facts.basis}")
     if facts.behind:
         parts.append(facts.behind)
     if facts.output_error:
@@ -73,12 +73,13 @@ def rows_of(facts: RunFacts) -> list[tuple[str, str]]:
     speed = f"{facts.items_s:.1f} items/s"
     if facts.tokens_s:
         speed += f", {facts.tokens_s:.0f} tokens/s"
+    left = f"{clock(facts.left_s)}, {facts.basis}" if facts.left_s is not None else ""
     again = f"{facts.charged} charged, {facts.crashed} by crashes"
     rows = [
         ("state", facts.state),
         ("done", f"{facts.done} of {about}{facts.total} lines"),
         ("speed", speed if facts.state != "complete" else ""),
-        ("time left", facts.time_left),
+        ("time left", left),
         ("in flight", f"{facts.in_flight}, {facts.ready} to be handed out again"),
         ("workers", str(facts.workers)),
         ("errors", f"{facts.failed}: {facts.causes}" if facts.failed else "0"),

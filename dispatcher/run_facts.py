@@ -83,11 +83,9 @@ class RunFacts:
         return f"{self.waiting} results wait behind line {self.waiting_for}{held}"
 
     @property
-    def time_left(self) -> str:
-        """The time left with its basis; empty where nothing says it."""
-        if self.left_s is None:
-            return ""
-        return f"{clock(self.left_s)} left at the pace of the last {clock(self.basis_s)}"
+    def basis(self) -> str:
+        """What the time left is reckoned from."""
+        return f"at the pace of the last {clock(self.basis_s)}"
 
 
 def facts_of(status: Mapping[str, Any], rates: Rates) -> RunFacts:

@@ -278,7 +278,7 @@ def test_a_number_out_of_bounds_is_refused_with_the_bounds(
     assert str(caught.value) == said
 
 
-def test_help_shows_defaults_where_there_are_any() -> None:
+def test_help_shows_every_default_also_where_there_is_none() -> None:
     parser = Parser(prog="it")
     parser.add_argument("--some", default=5, help="some number")
     parser.add_argument("--none", help="none at all")
@@ -287,7 +287,8 @@ def test_help_shows_defaults_where_there_are_any() -> None:
     text = parser.format_help()
 
     assert "some number (default: 5)" in text
-    assert text.count("default") == 1
+    assert "none at all (default: none)" in text
+    assert "a switch (default: no)" in text
 
 
 # --- a command line for another command ---------------------------------------------------------

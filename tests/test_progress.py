@@ -269,11 +269,18 @@ def shown(**fields: Any) -> str:
 
 
 def test_a_live_view_shows_how_far_it_is_with_the_facts() -> None:
-    text = shown(failed=3, errors={"bad_answer": 3}, workers=4)
+    left = {"seconds": 75.0, "items_per_s": 1.0, "over_s": 300.0}
+    text = shown(failed=3, errors={"bad_answer": 3}, workers=4, time_left=left)
     assert "25%" in text
     assert "25 of 100 lines" in text
     assert re.search(r"errors +3: bad_answer 3", text)
     assert re.search(r"workers +4", text)
+    assert re.search(r"time left +1:15, at the pace of the last 5:00", text)
+
+
+def test_one_worker_is_not_several() -> None:
+    assert facts(status(workers=1), Rates()).endswith("1 worker")
+    assert facts(status(workers=2), Rates()).endswith("2 workers")
 
 
 def test_a_note_goes_above_the_view_as_it_is() -> None:

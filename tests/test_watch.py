@@ -7,13 +7,15 @@ import re
 import signal
 import sys
 from pathlib import Path
+from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
 
 from dispatcher import watch
 from dispatcher.models import WorkItem
-from tests.support.processes import dispatcher_server, run_python, running, wait_until
+from tests.support.processes import Server, dispatcher_server, run_python, running, wait_until
 
 LINES, FAILING = 100, 8
 CAUSES = "bad_answer 6, timeout 2"
@@ -33,7 +35,19 @@ def files(tmp_path: Path) -> tuple[str | Path, ...]:
     return ("--infile", tmp_path / "in.jsonl", "--outfile", tmp_path / "out.jsonl")
 
 
-def test_watch_status_and_summary_agree_on_a_run_with_failing_lines(
+def scraped(server: Server) -> dict[tuple[str, ...], float]:
+    """Return the values of /metrics by their name and labels."""
+    request = Request(f"{server.url}/metrics", headers=server.headers)
+    with build_opener(ProxyHandler({})).open(request, timeout=10) as reply:
+        text = reply.read().decode()
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def test_watch_status_metrics_and_summary_agree_on_a_run_with_failing_lines(
     files: tuple[str | Path, ...], tmp_path: Path
 ) -> None:
     with dispatcher_server(*files) as server, server.client("w") as client:
@@ -46,7 +60,7 @@ def test_watch_status_and_summary_agree_on_a_run_with_failing_lines(
             watching.wait_for_line(re.compile(rf"of {LINES} lines: \d+ done"))
             client.submit_results(items[50:])
             wait_until(lambda: client.status().get("state") == "complete", "the run is complete")
-            status = client.status()
+            status, metrics = client.status(), scraped(server)
             assert watching.wait(30) == 0
         said = watching.output
         server.process.wait(30)
@@ -56,6 +70,12 @@ def test_watch_status_and_summary_agree_on_a_run_with_failing_lines(
     assert (status["done"], status["failed"]) == (LINES, FAILING)
     assert (summary["done"], summary["failed"]) == (LINES, FAILING)
     assert summary["errors"] == status["errors"] == {"bad_answer": 6, "timeout": 2}
+    assert metrics["dispatcher_items_total", "ok"] == LINES - FAILING
+    assert metrics["dispatcher_items_total", "error"] == FAILING
+    assert metrics["dispatcher_result_batch_items_count",] == 2
+    assert metrics["dispatcher_result_batch_items_sum",] == LINES
+    causes = {name[1]: n for name, n in metrics.items() if name[0] == "dispatcher_error_lines"}
+    assert causes == status["errors"]
     assert f"of {LINES} lines: {LINES} done, {FAILING} with errors ({CAUSES})" in said
     assert f"the run is complete: {LINES} lines, {FAILING} with errors\nerrors: {CAUSES}\n" in said
     code, later = run_python("-m", "dispatcher.cli", "watch", f"@{state_dir}")

@@ -6,7 +6,7 @@ import logging
 import socket
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
 import msgspec
@@ -139,7 +139,7 @@ class FrontDoor:
         inside: Handler,
         gate: Gate,
         connections: Connections,
-        times: Mapping[str, Buckets],
+        times: dict[str, Buckets],
     ) -> None:
         self._inside = inside
         self._gate = gate

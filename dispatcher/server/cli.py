@@ -7,11 +7,11 @@ import asyncio
 import contextlib
 import errno
 import gc
-import logging
 import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import uvloop
 from dispatcher import logs
 from dispatcher.config import Parser, RunSettings, add_run_limits, number, run_settings_of
 from dispatcher.errors import DispatcherError, ExitCode, StorageError, UsageError
-from dispatcher.progress import LINE_EVERY_S, whole_line_of
+from dispatcher.progress import LogDisplay
 from dispatcher.run_command import (
     SERVER,
     add_resume_options,
@@ -30,7 +30,6 @@ from dispatcher.run_command import (
     resume_hint,
     take_handed_over,
 )
-from dispatcher.run_facts import Rates, facts_of
 from dispatcher.server import tls
 from dispatcher.server.access import Gate
 from dispatcher.server.app import listen, make_app, stop_listening
@@ -55,7 +54,7 @@ from dispatcher.storage.ownership import Ownership
 LINGER_S = 5.0
 LINGER_FOR_WORKERS_S = 15.0
 DRAIN_S = 20.0
-log = logging.getLogger(__name__)
+_LOOK_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,17 +397,11 @@ async def _serve_until_end(
 
 
 async def _tell_progress(service: DispatchService) -> None:
-    """Say once a minute how the run goes, unless nothing at all changed since the last time."""
-    loop = asyncio.get_running_loop()
-    rates, said = Rates(), ""
+    """Say once a minute how the run goes."""
+    display = LogDisplay()
     while not service.finished.is_set() and service.failure is None:
-        status = service.status()
-        rates.add(loop.time(), status["done"], status["completion_tokens"])
-        line = whole_line_of(facts_of(status, rates), status["models"])
-        if line != said:
-            log.info("%s", line)
-        said = line
-        await asyncio.sleep(LINE_EVERY_S)
+        display.show(service.status(), time.monotonic())
+        await asyncio.sleep(_LOOK_EVERY_S)
 
 
 async def _linger(service: DispatchService, stop: asyncio.Event) -> None:

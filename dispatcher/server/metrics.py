@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any
 
@@ -34,7 +34,7 @@ class RunCollector(Collector):
     """
 
     def __init__(
-        self, service: DispatchService, connections: int, call_times: Mapping[str, Buckets]
+        self, service: DispatchService, connections: int, call_times: dict[str, Buckets]
     ) -> None:
         self._service = service
         self._connections = connections
@@ -248,7 +248,7 @@ def _model_metrics(models: dict[str, ModelStats]) -> Iterable[Metric]:
 
 
 def render_metrics(
-    service: DispatchService, connections: int, call_times: Mapping[str, Buckets]
+    service: DispatchService, connections: int, call_times: dict[str, Buckets]
 ) -> tuple[bytes, str]:
     """Return the exposition and its content type."""
     registry = CollectorRegistry()

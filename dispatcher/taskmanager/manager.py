@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from dispatcher import logs
 from dispatcher.taskmanager.backend.base import Backend
 from dispatcher.taskmanager.backend.request import Response
 from dispatcher.taskmanager.execution import Attempt, Outcome
@@ -132,9 +133,10 @@ class Manager:
         asking: set[asyncio.Task[None]] = set()
         threads = self._threads
         assert threads is not None
+        work_id = getattr(assignment.item, "work_id", None)  # an older source's items have none
         try:
             try:
-                step = await threads.run(attempt.begin, attempt)
+                step = await threads.run(partial(logs.on_line, work_id, attempt.begin), attempt)
             finally:
                 self._starting.discard(assignment)
             while isinstance(step, list):
@@ -150,7 +152,8 @@ class Manager:
                 for asked, response in answered:
                     self._source.record(assignment, asked, response)
                 responses = [response for _, response in answered]
-                step = await threads.run(partial(attempt.answer, responses), attempt)
+                go_on = partial(attempt.answer, responses)
+                step = await threads.run(partial(logs.on_line, work_id, go_on), attempt)
                 self._room.set()
             return step
         finally:

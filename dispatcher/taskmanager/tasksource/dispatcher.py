@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dispatcher import logs
 from dispatcher.client import AsyncWorkClient, WorkClient
 from dispatcher.errors import AccessDeniedError, BadRequestError, DispatcherError, UsageError
 from dispatcher.models import HeartbeatRequest, HeartbeatResponse, WorkerStats, WorkStatus
@@ -144,6 +145,7 @@ class DispatcherTaskSource(LeasedSource):
         except BaseException:  # refused, or stopped by a signal: nothing was begun
             await self._client.close()
             raise
+        logs.know(run=status.get("run"))
         is_over = status["state"] == "complete" if "state" in status else self._client.left_complete
         if not is_over:
             return False

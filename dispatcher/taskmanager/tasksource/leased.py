@@ -17,6 +17,7 @@ from functools import partial
 from random import Random
 from typing import Protocol
 
+from dispatcher import logs
 from dispatcher.core.backoff import delay_s
 from dispatcher.core.work_queue import CRASH
 from dispatcher.errors import ServerLostError
@@ -497,6 +498,8 @@ class LeasedSource(WorkSource):
             self._something_to_send.set()
 
     def _take_work(self, reply: BatchWorkResponse) -> None:
+        if reply.items:
+            logs.know(run=reply.items[0].run)
         for item in reply.items:
             counts = self._recorder.is_on or item.steps
             log_ = StepLog(item.steps or (), self._model) if counts else None
