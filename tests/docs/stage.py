@@ -121,8 +121,8 @@ class Stage:
             if is_watched:
                 others.enter_context(self.process(*_WORKER.split()))
             if "--no-launch" in text:
-                fake = [sys.executable, "-m", "dispatcher.fakellm", "--port", ports["8001"]]
-                model = others.enter_context(self.process(*fake))
+                fake = [sys.executable, "-m", "dispatcher.fakellm", "--model", "org/model"]
+                model = others.enter_context(self.process(*fake, "--port", ports["8001"]))
                 model.wait_for_line(re.compile("fakellm ready"))
             if is_served and not any(each.startswith("dispatcher-task-run") for each in commands):
                 commands.append(_WORKER)
