@@ -26,7 +26,7 @@ _STATUS_TIMEOUT_S = 5.0
 _EXAMPLES = """\
 examples:
   dispatcher watch @answers.jsonl.dispatch/server.json
-  dispatcher watch http://127.0.0.1:8000 --every 10
+  dispatcher watch http://127.0.0.1:8000 --every 2
 
 exit codes: 0 the run is complete, or Ctrl-C, 1 error, 2 usage"""
 
