@@ -22,11 +22,13 @@ from dispatcher.storage.files import Files
 from dispatcher.storage.run_state import load_run_file
 
 _STATUS_TIMEOUT_S = 5.0
+_LOOK_EVERY_S = 2.0
+"""At most, as a server whose run is complete answers for 5 s more."""
 
 _EXAMPLES = """\
 examples:
   dispatcher watch @answers.jsonl.dispatch/server.json
-  dispatcher watch http://127.0.0.1:8000 --every 2
+  dispatcher watch http://127.0.0.1:8000 --every 10
 
 exit codes: 0 the run is complete, or Ctrl-C, 1 error, 2 usage"""
 
@@ -49,7 +51,7 @@ def build_parser() -> Parser:
         type=number(float, 0.1, 3600),
         default=1.0,
         metavar="S",
-        help="seconds between two looks",
+        help="seconds between two views",
     )
     parser.add_argument(
         "--token-file",
@@ -121,7 +123,8 @@ class Watch:
         self._is_away = False
 
     async def run(self) -> None:
-        """Look, and show; again."""
+        """Look, and show what is due; again."""
+        shown_at = float("-inf")
         while True:
             status = await self._client.status()
             if status.get("state") == "complete":
@@ -129,9 +132,11 @@ class Watch:
             if not status and (summary := await asyncio.to_thread(self._summary)) is not None:
                 return self._show_summary(summary)
             self._note_whether_away(status)
-            if status:
-                self._display.show(status, time.monotonic())
-            await asyncio.sleep(self._every_s)
+            now = time.monotonic()
+            if status and now - shown_at >= self._every_s:
+                shown_at = now
+                self._display.show(status, now)
+            await asyncio.sleep(min(self._every_s, _LOOK_EVERY_S))
 
     def _show_end(self, status: dict[str, Any]) -> None:
         facts = facts_of(status, Rates())
