@@ -232,11 +232,15 @@ class Child:
 
     def last_words(self) -> str:
         """Return what it said last, without the name it says it under."""
-        # An engine's log may stand between its sentence and the end.
-        lines = [line for line in self.process.tail().splitlines() if line.strip()]
-        said = [line for line in lines if line.startswith("dispatcher-")]
-        _, _, text = (said or lines or [": it said nothing"])[-1].partition(": ")
-        return text
+        return _last_words(self.process.tail().splitlines())
+
+
+def _last_words(lines: Sequence[str]) -> str:
+    lines = [line.strip() for line in lines if line.strip()]
+    said = [line for line in lines if line.startswith("dispatcher-")]
+    _, _, text = (said or lines or [": it said nothing"])[-1].partition(": ")
+    # The end of an engine's log may follow its sentence; the last line of that mostly says why.
+    return f"{text} {lines[-1]}" if said and text.endswith(":") and lines[-1] != said[-1] else text
 
 
 class LocalRun:

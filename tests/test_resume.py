@@ -845,3 +845,16 @@ def test_a_refused_key_ends_the_run_and_no_restart_is_tried(
     assert caught.value.exit_code == 1
     assert ended.started == []
     assert Ended(monkeypatch, None, (1, "it broke")).mend() == ["task-manager-0"]
+
+
+def test_the_last_words_of_a_task_manager_hold_why_its_engine_ended() -> None:
+    said = "dispatcher-task-run: fakellm ended with exit code 2; its log /x.log ends with:"
+    words = launch._last_words(["at work", said, "fakellm: r.yaml: No such file or directory", ""])
+    assert words == (
+        "fakellm ended with exit code 2; its log /x.log ends with: "
+        "fakellm: r.yaml: No such file or directory"
+    )
+    assert (
+        launch._last_words(["dispatcher-server: the disk is full", "noise"]) == "the disk is full"
+    )
+    assert launch._last_words([]) == "it said nothing"
