@@ -677,7 +677,7 @@ def test_with_an_engine_that_tells_its_load_the_limit_follows_that(
             await ask_all(backend, *(f"q{n}" for n in range(2000)))
 
             assert grown
-            # On a busy machine it looks late; without a look all 2,000 would be in flight.
+            # The capacity, and what a busy machine adds by looking late; 2,000 were asked at once.
             assert 24 <= backend.limit <= 256
             assert fake.max_in_flight <= 256
 
