@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from scripts.make_reference import parsers
-from tests.conftest import VLLM_PYTHON
 from tests.docs.blocks import Block, commands_of, help_blocks, shown_blocks
 from tests.docs.stage import ELSEWHERE, REPLACED, Stage, make_stage
 from tests.slurm.cluster import Cluster
@@ -20,6 +19,8 @@ from tests.support.processes import ROOT, running, wait_until
 SHOWN = [*shown_blocks(), *help_blocks(parsers())]
 # Asks the model hub; tests talk to this machine only.
 NOT_HERE = "huggingface-cli download"
+# The real vLLM, which tests/test_vllm.py types, with an environment for a small machine.
+REAL_VLLM = ".venv-vllm/bin/python"
 # Serves until it is stopped.
 FAKELLM = "python -m dispatcher.fakellm "
 
@@ -34,16 +35,14 @@ def is_run_here(block: Block) -> bool:
     """Say whether a block has a command that nothing else runs."""
     others = (*ELSEWHERE, "export ")
     commands = [each for each in commands_of(block.text) if not each.startswith(others)]
-    return bool(commands) and NOT_HERE not in block.text and not commands[0].startswith(FAKELLM)
+    is_elsewhere = any(text in block.text for text in (NOT_HERE, REAL_VLLM))
+    return bool(commands) and not is_elsewhere and not commands[0].startswith(FAKELLM)
 
 
 def params(blocks: list[Block]) -> list[object]:
-    """Return blocks as parameters of a test, each once, marked with what they need."""
+    """Return blocks as parameters of a test, each once."""
     once = {tuple(commands_of(block.text)): block for block in blocks if is_run_here(block)}
-    return [
-        pytest.param(b, id=b.name, marks=[pytest.mark.vllm] * (".venv-vllm" in b.text))
-        for b in once.values()
-    ]
+    return [pytest.param(block, id=block.name) for block in once.values()]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +76,13 @@ def test_what_is_not_run_here_is_run_where_it_is_said(command: str, where: str) 
     assert command.removeprefix("bash ") in runs
 
 
+def test_the_block_with_the_real_vllm_is_typed_by_its_tests() -> None:
+    (block,) = [block for block in SHOWN if REAL_VLLM in block.text]
+    assert block.page == "README.md"
+    typed = (ROOT / "tests" / "test_vllm.py").read_text()
+    assert 'readme.partition("**Real vLLM without a GPU**")' in typed
+
+
 def test_everything_that_is_replaced_is_shown_somewhere() -> None:
     shown = [" ".join(commands_of(block.text)) for block in SHOWN]
     text = re.sub(r"\s+", " ", "\n".join(shown))
@@ -86,9 +92,6 @@ def test_everything_that_is_replaced_is_shown_somewhere() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("block", params([b for b in SHOWN if not is_for_slurm(b)]))
 def test_a_shown_command_works(block: Block, stage: Stage) -> None:
-    if ".venv-vllm" in block.text:
-        python = Path(os.environ[VLLM_PYTHON])
-        (stage.directory / ".venv-vllm").symlink_to(python.parent.parent)
     said = stage.type(block.text)
 
     assert "Traceback" not in said
