@@ -123,7 +123,8 @@ def ending(process: Process) -> Iterator[Process]:
         process.kill()
 
 
-def interrupt(process: Process, within_s: float = 5.0) -> None:
+def interrupt(process: Process, within_s: float = 20.0) -> None:
+    """Press Ctrl-C. It takes 5 s at most, and far longer only on a busy machine or in a hang."""
     asked_at = time.monotonic()
     process.signal(signal.SIGINT)
     code = process.wait(deadline_s=30)
