@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sets up .venv and runs the linter, the type checker and the tests, fast ones first; last the
-# fault tests, on two processes, which print what they counted.
+# Sets up .venv and runs the linter, the type checker and the tests on two processes, fast ones
+# first; last the fault tests, which print what they counted.
 # Further arguments go to pytest and replace the three default runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -12,6 +12,6 @@ make_environment local,dev
 if [ "$#" -gt 0 ]; then
     exec .venv/bin/pytest "$@"
 fi
-.venv/bin/pytest -q -m "not slow and not model and not vllm"
-.venv/bin/pytest -q -m "(slow or model or vllm) and not fault"
-.venv/bin/pytest -q -m "fault" -n 2 --dist worksteal -rP
+.venv/bin/pytest -q -n 2 --dist worksteal -m "not slow and not model and not vllm"
+.venv/bin/pytest -q -n 2 --dist loadgroup -m "(slow or model or vllm) and not fault"
+.venv/bin/pytest -q -n 2 --dist worksteal -m "fault" -rP

@@ -37,9 +37,10 @@ def write_prompts(path: Path, count: int) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text()
-    assert text.endswith("\n")
-    return [json.loads(line) for line in text.splitlines()]
+    data = path.read_bytes()
+    assert data.endswith(b"\n")
+    # As bytes, which end a line where the output does: a model may well answer with U+2028.
+    return [json.loads(line) for line in data.splitlines()]
 
 
 def asked_prompts(call_log: Path) -> list[str]:
