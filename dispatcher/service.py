@@ -22,7 +22,8 @@ import msgspec
 
 from dispatcher.config import RunSettings
 from dispatcher.core.buckets import BATCH_BOUNDS, Buckets
-from dispatcher.core.failures import FailureTrend, Jump, Pause
+from dispatcher.core.failures import FailureTrend, Jump
+from dispatcher.core.pausing import Pause
 from dispatcher.core.results import error_kind, lease_serials, valid_results
 from dispatcher.core.work_queue import (
     CRASH,

@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+from dispatcher.core.failures import Cause
+
 EndKind = Literal["returned", "released", "charged", "crashed"]
 """How a lease ended without a result.
 
@@ -129,6 +131,19 @@ class FailuresAccepted(msgspec.Struct, frozen=True, array_like=True, gc=False, t
     failed: int
 
 
+class FailuresPaused(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="too-many"):
+    """More lines failed than may: of `done` lines `failed` did, which `limit` does not allow.
+
+    Nothing is handed out until a limit is named or the failures are accepted; whoever finishes
+    lines meanwhile may bring their share below the limit again, and that changes nothing.
+    """
+
+    limit: str
+    failed: int
+    done: int
+    cause: Cause | None = None
+
+
 class Watched(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="watch"):
     """The first heartbeat of the lease's worker came after the lease was given."""
 
@@ -160,6 +175,7 @@ Event = (
     | Absolved
     | FailureLimitSet
     | FailuresAccepted
+    | FailuresPaused
     | Joined
     | Left
 )
@@ -264,12 +280,13 @@ class Counters(msgspec.Struct):
 
 
 class FailureState(msgspec.Struct, frozen=True, array_like=True):
-    """What was said about failed lines while the run went on; see the two events."""
+    """What was said about failed lines while the run went on; see the three events."""
 
     accepted_done: int = 0
     accepted_failed: int = 0
     limit: str = ""
     instead_of: str = ""
+    paused: FailuresPaused | None = None
 
 
 class QueueState(msgspec.Struct, frozen=True):

@@ -14,6 +14,7 @@ from dispatcher.core.events import (
     Absolved,
     FailureLimitSet,
     FailuresAccepted,
+    FailuresPaused,
     Finished,
     Issued,
     Joined,
@@ -82,6 +83,7 @@ Record = (
     | Absolved
     | FailureLimitSet
     | FailuresAccepted
+    | FailuresPaused
     | Joined
     | Left
 )
