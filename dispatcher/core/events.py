@@ -144,6 +144,25 @@ class FailuresPaused(msgspec.Struct, frozen=True, array_like=True, gc=False, tag
     cause: Cause | None = None
 
 
+class OperatorPaused(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="pause"):
+    """Somebody said that nothing is to be handed out, until somebody says otherwise.
+
+    `reason` is what they gave for it, or empty.
+    """
+
+    reason: str
+
+
+class OperatorResumed(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="resume"):
+    """Somebody lifted the operator's pause."""
+
+
+class StartHeard(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="heard"):
+    """What the start of this name was told to do once is done: it is not done again for it."""
+
+    start: str
+
+
 class Watched(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="watch"):
     """The first heartbeat of the lease's worker came after the lease was given."""
 
@@ -176,6 +195,9 @@ Event = (
     | FailureLimitSet
     | FailuresAccepted
     | FailuresPaused
+    | OperatorPaused
+    | OperatorResumed
+    | StartHeard
     | Joined
     | Left
 )
@@ -295,7 +317,8 @@ class QueueState(msgspec.Struct, frozen=True):
     Every line before `first_open` has its result; every line from `next_work_id` on, which
     begins at byte `next_offset` of the input, was never handed out; of those between, the ones
     in `items` are open and the others have their result, which for those in `tombstoned` is a
-    tombstone that a late result may still replace. `workers` names those that send heartbeats.
+    tombstone that a late result may still replace. `workers` names those that send heartbeats,
+    `heard` the start that was heard last.
     """
 
     first_open: int
@@ -307,3 +330,5 @@ class QueueState(msgspec.Struct, frozen=True):
     tombstoned: list[int] = []
     workers: list[str] = []
     failures: FailureState = FailureState()
+    operator: OperatorPaused | None = None
+    heard: str = ""

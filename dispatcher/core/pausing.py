@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -19,13 +19,24 @@ from dispatcher.core.events import (
     FailuresAccepted,
     FailuresPaused,
     FailureState,
+    OperatorPaused,
+    OperatorResumed,
+    QueueState,
+    StartHeard,
 )
 from dispatcher.core.failures import Cause, commonest, parse_failure_limit, percent
 
-PausingEvent = FailureLimitSet | FailuresAccepted | FailuresPaused
+PausingEvent = (
+    FailureLimitSet
+    | FailuresAccepted
+    | FailuresPaused
+    | OperatorPaused
+    | OperatorResumed
+    | StartHeard
+)
 
-By = Literal["failures"]
-"""Who paused a run: the limit of failed lines."""
+By = Literal["failures", "operator"]
+"""Who paused a run: the limit of failed lines, a person."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,19 +44,27 @@ class Pause:
     """Nothing is handed out.
 
     By `failures`: of `done` lines `failed` did when it began, which was more than `limit` allows.
+    By an `operator`, who may have given a `reason`. By both: both are to be lifted.
     """
 
     by: tuple[By, ...]
-    limit: str
-    failed: int
-    done: int
-    cause: Cause | None
+    reason: str = ""
+    limit: str | None = None
+    failed: int | None = None
+    done: int | None = None
+    cause: Cause | None = None
 
     def __str__(self) -> str:
+        said = "paused"
+        if "operator" in self.by:
+            said += " by an operator" + (f" ({self.reason})" if self.reason else "")
+        if self.limit is None or self.failed is None or self.done is None:
+            return said
+        said += " and" if "operator" in self.by else ","
         share = f" ({percent(self.failed, self.done)})" if self.limit.endswith("%") else ""
         cause = f"; {self.cause}" if self.cause is not None else ""
         return (
-            f"paused, as {self.failed} of {self.done} finished lines failed{share}, more than "
+            f"{said} as {self.failed} of {self.done} finished lines failed{share}, more than "
             f"--max-failures {self.limit} allows{cause}"
         )
 
@@ -53,8 +72,15 @@ class Pause:
 class Pauses:
     """What a run remembers of its pauses. `current` is the one it is in, None when it goes on."""
 
-    def __init__(self, failures: FailureState | None = None) -> None:
-        self.failures = failures or FailureState()
+    def __init__(self) -> None:
+        self.failures = FailureState()
+        self.operator: OperatorPaused | None = None
+        self.heard = ""
+        self.current: Pause | None = None
+
+    def restore(self, state: QueueState) -> None:
+        """Take over what a checkpoint says."""
+        self.failures, self.operator, self.heard = state.failures, state.operator, state.heard
         self.current = self._current()
 
     def apply(self, event: PausingEvent) -> None:
@@ -66,8 +92,12 @@ class Pauses:
             said = replace(
                 said, accepted_done=event.done, accepted_failed=event.failed, paused=None
             )
-        else:
+        elif isinstance(event, FailuresPaused):
             said = replace(said, paused=event)
+        elif isinstance(event, StartHeard):
+            self.heard = event.start
+        else:
+            self.operator = event if isinstance(event, OperatorPaused) else None
         self.failures = said
         self.current = self._current()
 
@@ -93,7 +123,12 @@ class Pauses:
         return FailuresPaused(limit, failed, done, commonest(counters.errors, lines))
 
     def _current(self) -> Pause | None:
-        found = self.failures.paused
-        if found is None:
-            return None
-        return Pause(("failures",), found.limit, found.failed, found.done, found.cause)
+        by: list[By] = []
+        about: dict[str, Any] = {}
+        if (found := self.failures.paused) is not None:
+            by.append("failures")
+            about |= msgspec.structs.asdict(found)
+        if self.operator is not None:
+            by.append("operator")
+            about["reason"] = self.operator.reason
+        return Pause(tuple(by), **about) if by else None

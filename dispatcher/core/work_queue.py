@@ -42,9 +42,12 @@ from dispatcher.core.events import (
     LeaseState,
     Left,
     Opened,
+    OperatorPaused,
+    OperatorResumed,
     Past,
     Position,
     QueueState,
+    StartHeard,
     Stepped,
     StepsCut,
     StepState,
@@ -136,6 +139,9 @@ class WorkQueue:
             FailureLimitSet: self._apply_pausing,
             FailuresAccepted: self._apply_pausing,
             FailuresPaused: self._apply_pausing,
+            OperatorPaused: self._apply_pausing,
+            OperatorResumed: self._apply_pausing,
+            StartHeard: self._apply_pausing,
             Joined: self._apply_joined,
             Left: self._apply_left,
         }
@@ -497,7 +503,7 @@ class WorkQueue:
         """Lines before this one stand in the output, where a tombstone is final."""
         self._lines.note_written(first_unwritten)
 
-    # ---------------------------------------------------------------- failed lines
+    # ---------------------------------------------------------------- pauses
 
     @property
     def max_failures(self) -> str:
@@ -517,6 +523,36 @@ class WorkQueue:
         """Count failed lines anew from here, as if none had failed; a paused run goes on."""
         self._record(FailuresAccepted(self.counters.done, self.counters.failed), now=0.0)
         self._pause_if_too_many_failed()
+
+    def pause_for_operator(self, reason: str) -> None:
+        """Hand out nothing until `resume`, also after a restart; another reason replaces the one
+        given before, none does not."""
+        before = self.pauses.operator
+        if before is None or reason not in ("", before.reason):
+            self._record(OperatorPaused(reason), now=0.0)
+
+    def resume(self) -> None:
+        """Lift the operator's pause; one for failed lines stays."""
+        if self.pauses.operator is not None:
+            self._record(OperatorResumed(), now=0.0)
+
+    def hear_start(self, start: str, *, accept_failures: bool, resume: bool) -> bool:
+        """Do what a start of the run was told to do once; say whether it is done.
+
+        It is not when the start has a name and was heard before: Slurm, say, repeats a command
+        whenever it starts its job again, and nobody has asked anew then.
+        """
+        if not accept_failures and not resume:
+            return True
+        if start and start == self.pauses.heard:
+            return False
+        if accept_failures:
+            self.accept_failures()
+        if resume:
+            self.resume()
+        if start:
+            self._record(StartHeard(start), now=0.0)
+        return True
 
     def _pause_if_too_many_failed(self) -> None:
         """Once paused, a run stays so until somebody who looked at the cause says otherwise."""
@@ -592,6 +628,8 @@ class WorkQueue:
             tombstoned=self._lines.tombstones(),
             workers=sorted(w.name for w in self.workers.values() if w.heartbeats),
             failures=self.pauses.failures,
+            operator=self.pauses.operator,
+            heard=self.pauses.heard,
         )
 
     def _item_state(self, item: Item) -> ItemState:
@@ -618,7 +656,7 @@ class WorkQueue:
         self._lines = LineStates(state.first_open, state.next_work_id, state.tombstoned)
         self.next_offset, self.next_serial = state.next_offset, state.next_serial
         self.counters = state.counters.copy()
-        self.pauses = Pauses(state.failures)
+        self.pauses.restore(state)
         self.pause = self.pauses.current
         for name in state.workers:
             self._know(name, now).heartbeats = True

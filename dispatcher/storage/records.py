@@ -21,8 +21,11 @@ from dispatcher.core.events import (
     LeaseEnded,
     Left,
     Opened,
+    OperatorPaused,
+    OperatorResumed,
     Position,
     QueueState,
+    StartHeard,
     Stepped,
     StepsCut,
     Tombstoned,
@@ -84,6 +87,9 @@ Record = (
     | FailureLimitSet
     | FailuresAccepted
     | FailuresPaused
+    | OperatorPaused
+    | OperatorResumed
+    | StartHeard
     | Joined
     | Left
 )
