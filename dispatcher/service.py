@@ -20,9 +20,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from dispatcher.alarms import Alarms
 from dispatcher.config import RunSettings
 from dispatcher.core.buckets import BATCH_BOUNDS, Buckets
-from dispatcher.core.failures import FailureTrend, Jump
+from dispatcher.core.failures import Jump
 from dispatcher.core.pausing import Pause
 from dispatcher.core.results import error_kind, lease_serials, valid_results
 from dispatcher.core.work_queue import (
@@ -119,7 +120,7 @@ class DispatchService:
 
     `finished` is set when the output is complete and synced. `failure` is set when the run
     cannot go on in this process; every verb raises it from then on. `paused` is set while nothing
-    is handed out because more lines failed than may.
+    is handed out until somebody says so, `drain_asked` when somebody wants the server to end.
     """
 
     def __init__(
@@ -139,8 +140,9 @@ class DispatchService:
         self.stopped = asyncio.Event()
         self.workers_told: set[str] = set()
         self.worker_totals = WorkerTotals()
-        self.failure_trend = FailureTrend()
-        self.paused = asyncio.Event()
+        self.alarms = Alarms()
+        self.failure_trend, self.paused = self.alarms.trend, self.alarms.paused
+        self.drain_asked = asyncio.Event()
         self.queue = WorkQueue(settings.policy)
         self.invalid_results = 0
         self.duplicate_results = 0
@@ -196,10 +198,9 @@ class DispatchService:
         if run.is_complete:
             self.finished.set()
             return
-        if self.settings.accept_failures:
-            self.queue.accept_failures()
+        self._hear_start()
         self._note_input_end()
-        self._watch_failures()
+        self.alarms.look(self.queue)
         self._tasks += [
             asyncio.create_task(self._guard(self._commit_forever())),
             asyncio.create_task(self._guard(self._tick_forever())),
@@ -207,6 +208,13 @@ class DispatchService:
         ]
         self._work_queued.set()
         await self._until_spool_is_seen()
+
+    def _hear_start(self) -> None:
+        said = self.settings
+        if not self.queue.hear_start(
+            said.start, accept_failures=said.accept_failures, resume=said.unpause
+        ):
+            log.warning(_HEARD_BEFORE, said.start)
 
     async def drain(self) -> None:
         """Hand out nothing more; results and releases are still taken."""
@@ -420,21 +428,14 @@ class DispatchService:
         """Change the work timeout, also for items already handed out."""
         self.queue.set_work_timeout(timeout_s, self._clock.now())
 
-    async def change_failure_limit(self, limit: str | None, *, accept: bool) -> Pause | None:
-        """Let so many lines fail from now on, or accept those that failed so far, or both.
-
-        Return the pause in which the run is nevertheless. Raises ValueError for what is no limit.
-        """
+    async def decide(self, change: Callable[[WorkQueue], None]) -> None:
+        """Let what a person said change the queue; return when that is on disk."""
         self._check_usable()
         queue = self.queue
-        if limit is not None:
-            queue.set_max_failures(limit)
-        if accept:
-            queue.accept_failures()
-        self._watch_failures()
+        change(queue)
+        self.alarms.look(queue)
         self._notify()
         await self._barrier(queue)
-        return queue.pause
 
     @property
     def writer(self) -> RunWriter | None:
@@ -675,7 +676,7 @@ class DispatchService:
         """Give condemned items their tombstone, and let waiting calls see what became ready."""
         if self.queue.condemned:
             await self._bury_condemned()
-        self._watch_failures()
+        self.alarms.look(self.queue)
         self._queue_events()
         if self.queue.ready_count or self.queue.is_complete:
             self._notify()
@@ -926,7 +927,7 @@ class DispatchService:
             self.queue.expire(now)
             self.worker_totals.forget_all_but(self.queue.workers)
             await self._bury_condemned()
-            self._watch_failures()
+            self.alarms.look(self.queue)
             self._queue_events()
             assert self._writer is not None
             if (
@@ -935,22 +936,6 @@ class DispatchService:
             ):
                 self._work_queued.set()
             self._notify()  # an idle worker may get a copy of an item that runs too long
-
-    def _watch_failures(self) -> None:
-        """Say it when lines suddenly fail, and when so many did that the run pauses."""
-        queue, counters, trend = self.queue, self.queue.counters, self.failure_trend
-        before = trend.jump
-        trend.note(counters.done, counters.failed, counters.errors, queue.latest_failed)
-        if trend.jump is not None and before is None:
-            log.warning("suddenly more lines fail: %s", trend.jump)
-        elif trend.jump is None and before is not None:
-            log.info("lines fail as rarely again as before")
-        if queue.pause is not None and not self.paused.is_set():
-            self.paused.set()
-            log.warning("%s; %s", queue.pause, _GO_ON)
-        elif queue.pause is None and self.paused.is_set():
-            self.paused.clear()
-            log.info("the run goes on")
 
     async def _confirm_forever(self) -> None:
         """Let others see that this process has the run, and notice when it has it no more."""
@@ -1014,16 +999,14 @@ class DispatchService:
             raise failure from error
 
 
-_GO_ON = (
-    "what is under way may finish; mend the cause, then start the run again with --accept-failures "
-    "or a higher --max-failures, or tell the running server by POST /max_failures "
-    "(docs/protocol.md)"
-)
-
-
 def _facts_of(found: Pause | Jump | None) -> dict[str, Any] | None:
     return asdict(found) | {"message": str(found)} if found is not None else None
 
+
+_HEARD_BEFORE = (
+    "%s was heard before: --accept-failures and --unpause hold for the first time that it starts "
+    "the run, and not when it is started again"
+)
 
 _NOT_KEPT = "the journal cannot be written (is the disk full?); nothing was changed, try again"
 
