@@ -133,6 +133,8 @@ def _ask_server(standing: Standing) -> bool:
     if status.get("run") != standing.run.run_id:
         return False
     _count(standing, status, number(status.get("total")), exact=bool(status.get("total_is_exact")))
+    if paused := status.get("paused"):
+        standing.note = str(paused.get("message", "paused"))
     if status.get("output_error"):
         standing.note = f"output paused: {status['output_error']}"
     return True
