@@ -294,6 +294,14 @@ class Scenario:
     def live(self) -> None:
         """Go through the whole life of the run."""
         while len(self.drive.results) < len(LINES) - 1:
+            if self.batches in (21, 28):  # and a restart finds it so
+                self.drive.queue.pause_for_operator(f"batch {self.batches}")
+                self.seen["pauses"] += 1
+            if self.batches in (23, 29):
+                self.drive.queue.hear_start("job 7", accept_failures=True, resume=True)
+                self.drive.queue.hear_start(
+                    f"job {self.batches}", accept_failures=True, resume=True
+                )
             self.act(self.rng)
             self.commit()
             if self.batches == 6:
