@@ -38,8 +38,6 @@ from dispatcher.core.worker_totals import WorkerTotals, models_in_status, models
 from dispatcher.errors import (
     CorruptJournalError,
     DispatcherError,
-    SpoolFileError,
-    SpoolUnreadableError,
     StateError,
     StorageError,
     StorageFullError,
@@ -60,13 +58,14 @@ from dispatcher.models import (
     WorkItem,
     WorkStatus,
 )
+from dispatcher.spool_intake import SpoolIntake
 from dispatcher.storage.files import Files
 from dispatcher.storage.journal import last_epoch
 from dispatcher.storage.opening import OpenRun, open_run, utc_now
 from dispatcher.storage.ownership import REFRESH_S, Ownership
 from dispatcher.storage.run_state import make_state_dir, remove_intermediate, save_run_file
 from dispatcher.storage.source import InputLine, LineSource
-from dispatcher.storage.spool import Spool, SpoolFile
+from dispatcher.storage.spool import Spool
 from dispatcher.storage.writer import Batch, RunWriter
 
 T = TypeVar("T")
@@ -74,12 +73,6 @@ log = logging.getLogger(__name__)
 
 REPLY_BYTES = 32 << 20
 """Input text handed out in one reply, at most (but always one item)."""
-
-SPOOL_LOOK_S = 5.0
-"""How often the spool is looked at for results of workers that cannot reach this process."""
-
-SPOOL_AT_START_S = 10.0
-"""How long a start waits for the spool to be taken in; what is left of it follows."""
 
 _SCAN_LINES = 1024
 _SCAN_BYTES = 4 << 20
@@ -146,7 +139,6 @@ class DispatchService:
         self.queue = WorkQueue(settings.policy)
         self.invalid_results = 0
         self.duplicate_results = 0
-        self.spooled_results = 0
         self.items_handed_out = Buckets(BATCH_BOUNDS)
         self.results_taken = Buckets(BATCH_BOUNDS)
         self._monotonic = clock
@@ -156,12 +148,14 @@ class DispatchService:
         self._writer: RunWriter | None = None
         self._source: LineSource | None = None
         self._lines: deque[InputLine] = deque()
-        self._spool = Spool(settings.state_dir, self._files)
-        self._spool_refused: set[str] = set()
-        self._spool_complaints: set[str] = set()
-        self._spool_seen = asyncio.Event()
         self._write_thread = make_thread("journal")
         self._read_thread = make_thread("input")
+        self._intake = SpoolIntake(
+            Spool(settings.state_dir, self._files),
+            self._read_thread,
+            self.submit,
+            lambda: self._ownership.is_confirmed,
+        )
         # A claim must be seen to be kept also while a slow file system holds up the journal.
         self._claim_thread = make_thread("claim")
         self._fill_lock = asyncio.Lock()
@@ -204,10 +198,10 @@ class DispatchService:
         self._tasks += [
             asyncio.create_task(self._guard(self._commit_forever())),
             asyncio.create_task(self._guard(self._tick_forever())),
-            asyncio.create_task(self._guard(self._take_spool_forever())),
+            asyncio.create_task(self._guard(self._intake.take_forever(self.run_id))),
         ]
         self._work_queued.set()
-        await self._until_spool_is_seen()
+        await self._intake.until_seen(self.stopped)
 
     def _hear_start(self) -> None:
         said = self.settings
@@ -243,7 +237,7 @@ class DispatchService:
         if self._source is not None:
             self._source.close()
         if self.finished.is_set() and self.failure is None:
-            self._spool.remove_all(self.run_id)
+            self._intake.spool.remove_all(self.run_id)
             remove_intermediate(self.settings.state_dir, self.epoch, self._files)
         self.stopped.set()
 
@@ -479,7 +473,7 @@ class DispatchService:
             "steps_replayed": reported.replayed,
             "duplicate_results": self.duplicate_results,
             "invalid_results": self.invalid_results,
-            "spooled_results": self.spooled_results,
+            "spooled_results": self._intake.taken,
             "requests": reported.requests,
             "prompt_tokens": reported.prompt_tokens,
             "completion_tokens": reported.completion_tokens,
@@ -699,70 +693,6 @@ class DispatchService:
             if item.condemned:
                 tombstone = _dump({"__ERROR__": error})
                 queue.tombstone(work_id, MAX_RETRIES_EXCEEDED, tombstone, self._clock.now())
-
-    # ---------------------------------------------------------------- the spool
-
-    async def _take_spool_forever(self) -> None:
-        """Take in what workers spooled while no server answered them, and what they spool now."""
-        while True:
-            try:
-                for name in await self._spool_call(self._spool.names):
-                    if name not in self._spool_refused:
-                        await self._take_spool_file(name)
-            except SpoolUnreadableError as error:
-                self._say_of_spool_once("", error)
-            except StorageFullError:
-                pass  # what was not taken in is still there at the next look
-            self._spool_seen.set()
-            await asyncio.sleep(SPOOL_LOOK_S)
-
-    async def _take_spool_file(self, name: str) -> None:
-        """Take results from a file as if they were handed in, then delete it.
-
-        A process that dies before that leaves what the next one will find to be duplicates.
-        """
-        file: SpoolFile | None = None
-        accepted = count = 0
-        try:
-            file = await self._spool_call(self._spool.open, name, self.run_id)
-            if file is None:
-                return
-            while results := await self._spool_call(file.next_results):
-                new = (await self.submit(results)).count(Outcome.ACCEPTED)
-                self.spooled_results += new
-                accepted += new
-                count += len(results)
-        except SpoolUnreadableError as error:  # a network file system may do better next time
-            self._say_of_spool_once(name, error)
-        except SpoolFileError as error:
-            self._spool_refused.add(name)
-            self._say_of_spool_once(name, error)
-        else:
-            if self._ownership.is_confirmed:  # else the next look, or the next owner, does it
-                await self._spool_call(self._spool.remove, name)
-        finally:
-            if file is not None:
-                self._read_thread.submit(file.close)  # behind a read that was given up
-        if accepted or (count and name not in self._spool_complaints):
-            log.info("%d results from the spool file %s, %d of them new", count, name, accepted)
-
-    def _say_of_spool_once(self, name: str, error: SpoolFileError) -> None:
-        """Say what is wrong with a file, or the directory; it lies there, and the run goes on."""
-        if name not in self._spool_complaints:
-            self._spool_complaints.add(name)
-            log.warning("%s", error)
-
-    async def _until_spool_is_seen(self) -> None:
-        """Return when spooled results are in, as their lines are not to be handed out again."""
-        ends = [asyncio.ensure_future(e.wait()) for e in (self._spool_seen, self.stopped)]
-        try:
-            await asyncio.wait(ends, timeout=SPOOL_AT_START_S, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for end in ends:
-                end.cancel()
-
-    async def _spool_call(self, call: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._read_thread, call, *args)
 
     # ---------------------------------------------------------------- waiting
 

@@ -141,6 +141,7 @@ def test_what_a_start_is_told_holds_once_when_its_job_is_started_again(
         for _ in range(2):
             async with serving(told) as service:
                 assert service.status()["state"] == "running"
+                await service.release([])  # what was heard is on disk
         async with serving(told) as service:
             if option == "unpause":
                 await steering.pause(service, WHY)
