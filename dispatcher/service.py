@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections import deque
@@ -35,6 +34,7 @@ from dispatcher.core.work_queue import (
     parse_lease_id,
 )
 from dispatcher.core.worker_totals import WorkerTotals, models_in_status, models_in_summary
+from dispatcher.error_lines import refused_line, tombstone
 from dispatcher.errors import (
     CorruptJournalError,
     DispatcherError,
@@ -581,7 +581,9 @@ class DispatchService:
             if line.defect is None:
                 texts[work_id] = line.text
             else:
-                queue.tombstone(work_id, line.defect, self._refusal(work_id, line), now)
+                limit = self.settings.max_line_bytes
+                refused = refused_line(work_id, line.defect, line.text, limit)
+                queue.tombstone(work_id, line.defect, refused, now)
         return texts
 
     async def _fill_lines(self) -> None:
@@ -602,24 +604,6 @@ class DispatchService:
         assert self._source is not None
         if self.queue.next_offset >= self._source.size_bytes:
             self.queue.end_of_input()
-
-    def _refusal(self, work_id: int, line: InputLine) -> bytes:
-        assert self._source is not None
-        said = {
-            "blank_line": "the line is blank",
-            "undecodable_line": "the line is not UTF-8",
-            "line_too_long": (
-                f"the line is longer than --max-line-bytes {self.settings.max_line_bytes}; "
-                "original_content holds its beginning"
-            ),
-        }
-        error = {
-            "error": line.defect,
-            "work_id": work_id,
-            "message": said[line.defect or ""],
-            "original_content": line.text,
-        }
-        return _dump({"__ERROR__": error})
 
     # ---------------------------------------------------------------- taking back
 
@@ -682,17 +666,11 @@ class DispatchService:
             if item is None:
                 continue  # its result came while another one's line was read
             (line,) = await self._in_reader(self._fetch, [item.offset])
-            error = {
-                "error": MAX_RETRIES_EXCEEDED,
-                "work_id": work_id,
-                "original_content": line.text,
-                "attempts": [msgspec.structs.asdict(ended) for ended in item.history],
-            }
             if queue is not self.queue:
                 return
             if item.condemned:
-                tombstone = _dump({"__ERROR__": error})
-                queue.tombstone(work_id, MAX_RETRIES_EXCEEDED, tombstone, self._clock.now())
+                result = tombstone(work_id, line.text, item.history)
+                queue.tombstone(work_id, MAX_RETRIES_EXCEEDED, result, self._clock.now())
 
     # ---------------------------------------------------------------- waiting
 
@@ -985,7 +963,3 @@ def _fail(future: asyncio.Future[None], error: DispatcherError) -> None:
     if not future.done():
         future.set_exception(error)
         future.exception()  # seen, even when nobody waits for it
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")

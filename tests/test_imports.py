@@ -30,6 +30,7 @@ FLOORS = [
     ("dispatcher.taskmanager.backend", 2),
     ("dispatcher.remedies", 1),
     ("dispatcher.alarms", 2),
+    ("dispatcher.error_lines", 2),
     ("dispatcher.spool_intake", 2),
     ("dispatcher.service", 3),
     ("dispatcher.steering", 3),
