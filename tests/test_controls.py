@@ -17,6 +17,7 @@ from tests.support.processes import (
     Process,
     Server,
     dispatcher_server,
+    run_python,
     running,
     wait_until,
 )
@@ -110,7 +111,9 @@ def test_a_pause_is_shown_everywhere_and_outlives_a_server_that_is_killed(
         assert (status, said.partition(";")[0]) == (200, why)
         assert told(state, "/pause", order) == (200, said)
         assert [scraped(server)[gauge, by] for by in ("failures", "operator")] == [0, 1]
+        assert why in run_python(*CLI[1:], "runs", state)[1]
         server.process.kill()
+    assert f"{why}; it goes on with --unpause" in run_python(*CLI[1:], "runs", state)[1]
     with dispatcher_server(*files) as server, server.client("w") as client:
         assert client.get_work(5).items == []
         assert client.status()["paused"]["message"] == why
@@ -132,6 +135,18 @@ def test_a_run_that_an_operator_paused_is_gone_on_with_by_an_option(
         told(state, "/pause", {"paused": True})
     with dispatcher_server(*files, "--unpause") as server, server.client("w") as client:
         assert len(client.get_work(5).items) == 5
+
+
+def test_what_holds_for_one_start_is_neither_kept_nor_taken_from_a_file(
+    files: tuple[str | Path, ...], state: Path, tmp_path: Path
+) -> None:
+    with dispatcher_server(*files, "--unpause"):
+        assert "unpause" not in (state / "run.yaml").read_text()
+    config = tmp_path / "run.yaml"
+    config.write_text("unpause: true\n")
+    code, said = run_python("-m", "dispatcher.server", *files, "--config", config)
+    assert (code, said.count("\n")) == (2, 1)
+    assert "unknown option 'unpause'" in said
 
 
 def test_a_drained_server_takes_what_is_under_way_ends_with_3_and_can_be_gone_on_with(
