@@ -8,6 +8,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 
@@ -174,6 +175,21 @@ def test_a_drained_server_takes_what_is_under_way_ends_with_3_and_can_be_gone_on
         assert len(client.get_work(100).items) == 37
 
 
+def children_of(process: Process) -> int:
+    return len(Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split())
+
+
+def looks(state_dir: Path) -> float:
+    """Return how often a run's server was asked for its status."""
+    found = read_server_file(state_dir)
+    request = Request(f"{found.url}/metrics", headers={"Authorization": f"Bearer {found.token}"})
+    with build_opener(ProxyHandler({})).open(request, timeout=10) as reply:
+        text = reply.read().decode()
+    count = re.search(r'^dispatcher_call_duration_seconds_count{call="status"} (.*)$', text, re.M)
+    assert count is not None
+    return float(count[1])
+
+
 # --- dispatcher run -----------------------------------------------------------------------------
 
 
@@ -217,11 +233,11 @@ def test_dispatcher_run_on_a_run_that_an_operator_paused_starts_no_model_until_i
         told(state, "/pause", {"paused": True})
         process.stop()
         assert process.wait(END_S) == 3, process.output
-    log = state / "logs" / "task-manager-0.log"
-    before = log.stat().st_size
     with running(*CLI, "run", "--resume", state) as process:
         process.wait_for_line(re.compile(r"^paused by an operator; it waits for"), END_S)
-        assert log.stat().st_size == before
+        looked = looks(state)
+        wait_until(lambda: looks(state) >= looked + 4, "more looks at the run", END_S)
+        assert children_of(process) == 1, "beside the server something was started"
         process.stop()
         assert process.wait(END_S) == 3, process.output
     with running(*CLI, "run", "--resume", state, "--unpause") as process:
