@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,10 +23,14 @@ from dispatcher.errors import UsageError
 from dispatcher.help_text import HelpFormatter
 
 NOT_IN_A_FILE = (
-    *("--help", "--config", "--resume", "--accept-changes", "--accept-failures"),
+    *("--help", "--config", "--resume", "--accept-changes", "--accept-failures", "--unpause"),
     *("--preview", "--preview-full"),
 )
 """Options that only a command line can hold: each is about that one start."""
+
+
+START_VARIABLE = "DISPATCHER_START"
+"""Names a start of a run, where something repeats a command by itself, as Slurm does with a job."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,8 @@ class RunSettings:
 
     `command` is how the run was started, as run.yaml keeps it (run_command.py); None where nobody
     says. With `accept_changes` a run goes on although its task is another one now, with
-    `accept_failures` its failed lines are counted anew.
+    `accept_failures` its failed lines are counted anew, with `unpause` an operator's pause is over;
+    the latter two hold once for each name of a `start`, if it has one.
     """
 
     infile: Path
@@ -49,6 +55,8 @@ class RunSettings:
     command: Mapping[str, Any] | None = None
     accept_changes: bool = False
     accept_failures: bool = False
+    unpause: bool = False
+    start: str = ""
 
 
 def default_state_dir(outfile: Path) -> Path:
@@ -280,6 +288,12 @@ def add_run_limits(parser: Parser) -> None:
         "stay as they are, and count no more",
     )
     group.add_argument(
+        "--unpause",
+        action="store_true",
+        help="go on with a run that an operator paused (POST /pause); otherwise it stays paused "
+        "when it is started again",
+    )
+    group.add_argument(
         "--lease-term",
         type=number(float, 0.1),
         default=30.0,
@@ -356,4 +370,6 @@ def run_settings_of(
         command=command,
         accept_changes=getattr(args, "accept_changes", False),
         accept_failures=args.accept_failures,
+        unpause=args.unpause,
+        start=os.environ.get(START_VARIABLE, ""),
     )

@@ -14,13 +14,13 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
 from dispatcher import logs
+from dispatcher.child import Child
 from dispatcher.client import AsyncWorkClient
 from dispatcher.config import (
     Parser,
@@ -35,11 +35,12 @@ from dispatcher.errors import (
     DispatcherError,
     ExitCode,
     QuotaExhaustedError,
-    RunPausedError,
     UsageError,
 )
+from dispatcher.pause_notes import PauseNotes
 from dispatcher.preview.command import add_preview_options, preview
 from dispatcher.progress import Display, LogDisplay, make_display, model_lines
+from dispatcher.remedies import ACCEPT_FAILURES, UNPAUSE
 from dispatcher.run_command import (
     LOCAL_RUN,
     Handed,
@@ -57,11 +58,9 @@ from dispatcher.storage.run_state import SPOOL_FILE, load_run_file
 from dispatcher.taskmanager.backend.gpus import slice_environment
 from dispatcher.taskmanager.backend.making import check_keys, gpus_needed
 from dispatcher.taskmanager.backend.options import add_backend_options, sections_of
-from dispatcher.taskmanager.backend.process import ServerProcess
 from dispatcher.taskmanager.backend.reading import backends_of
 from dispatcher.taskmanager.cli import (
     REFUSED,
-    STOPPED,
     add_task_options,
     describe_command,
     task_code_still_runs,
@@ -74,7 +73,6 @@ _RESTART_DELAY_S = 1.0
 _SERVER_READY_S = 120.0
 _WORKERS_STOP_S = 3.0
 _SERVER_STOP_S = 1.5
-_ACCEPT_FAILURES = "--accept-failures"
 _READY = r"dispatcher-server: (?:run \S+ at (http\S+)|(the run is complete))"
 
 _EXAMPLES = """\
@@ -197,52 +195,6 @@ def _state_dir_of(args: argparse.Namespace) -> Path:
     return state.absolute()
 
 
-@dataclass(slots=True)
-class Child:
-    """One process of the run.
-
-    `restarts` counts how often it was started again without the run getting on; `run_had` is how
-    far the run was the last time.
-    """
-
-    name: str
-    argv: list[str]
-    log_path: Path
-    environment: Mapping[str, str] = field(default_factory=dict)
-    process: ServerProcess = field(init=False)
-    restarts: int = 0
-    run_had: int = 0
-
-    def __post_init__(self) -> None:
-        self.process = self._make_process()
-
-    async def start(self) -> None:
-        """Start it, anew if it ran before."""
-        self.process = self._make_process()
-        await self.process.start()
-
-    def _make_process(self) -> ServerProcess:
-        return ServerProcess(self.name, self.argv, self.log_path, self.environment)
-
-    @property
-    def stopped_by_itself(self) -> bool:
-        """Whether it ended to be gone on with later, and not because of a signal."""
-        stopped = self.process.exit_code == ExitCode.STOPPED
-        return stopped and not self.last_words().startswith(STOPPED)
-
-    def last_words(self) -> str:
-        """Return what it said last, without the name it says it under."""
-        return _last_words(self.process.tail().splitlines())
-
-
-def _last_words(lines: Sequence[str]) -> str:
-    lines = [line.strip() for line in lines if line.strip()]
-    said = [line for line in lines if line.startswith("dispatcher-")]
-    _, _, text = (said or lines or [": it said nothing"])[-1].partition(": ")
-    # The end of an engine's log may follow its sentence; the last line of that mostly says why.
-    return f"{text} {lines[-1]}" if said and text.endswith(":") and lines[-1] != said[-1] else text
-
-
 class LocalRun:
     """The processes of one run, from start to end.
 
@@ -271,6 +223,7 @@ class LocalRun:
         self._status: dict[str, Any] = {}
         is_for_programs = args.log_format == "json"
         self._display: Display = LogDisplay() if is_for_programs else make_display()
+        self._pauses = PauseNotes(self._state_dir, self._display, self._resume_hint)
 
     async def run(self) -> int:
         """Run to the end; return the exit code."""
@@ -291,9 +244,9 @@ class LocalRun:
     async def _work(self) -> None:
         if await self._start_server():
             self._client = AsyncWorkClient(self._address, timeout_s=_STATUS_TIMEOUT_S)
-            self._refuse_if_paused(await self._client.status())
-            await self._start_workers()
-            await self._watch()
+            if await self._may_begin():
+                await self._start_workers()
+                await self._watch()
 
     # ---------------------------------------------------------------- the three verbs
 
@@ -307,8 +260,9 @@ class LocalRun:
             failure = DispatcherError(self._server.last_words())
             failure.exit_code = ExitCode(code) if code in (1, 2) else ExitCode.ERROR
             raise failure from error
-        # Should it die and be started again, failures since this start count.
-        self._server.argv = [word for word in self._server.argv if word != _ACCEPT_FAILURES]
+        # Should it die and be started again, failures and pauses since this start count.
+        once = (ACCEPT_FAILURES, UNPAUSE)
+        self._server.argv = [word for word in self._server.argv if word not in once]
         return ready[1] is not None
 
     async def _start_workers(self) -> None:
@@ -320,18 +274,26 @@ class LocalRun:
         for worker in self._workers:
             await worker.start()
 
+    async def _may_begin(self) -> bool:
+        """Wait while an operator's pause lasts, so that no model is started for nothing.
+
+        False when there is nothing left to begin for.
+        """
+        while not self._server.is_drained_server:
+            await self._look()
+            state = self._status.get("state")
+            if state not in ("paused", "draining"):
+                return bool(state != "complete")
+            await self._mend()
+            await asyncio.sleep(_POLL_S)
+        return False
+
     async def _watch(self) -> None:
         """Show the run until it is complete or stopped; start again what dies."""
-        assert self._client is not None
         complete = False
-        while True:
+        while not self._server.is_drained_server:
             ended = complete and not self._running_workers()
-            status = await self._client.status()
-            if status:
-                self._status = status
-                logs.know(run=status.get("run"))
-                self._display.show(status, time.monotonic())
-                self._refuse_if_paused(status)
+            await self._look()
             if ended:
                 return  # and this status holds the totals that the workers left behind
             complete = self._status.get("state") == "complete"
@@ -341,17 +303,14 @@ class LocalRun:
 
     # ---------------------------------------------------------------- inside
 
-    def _refuse_if_paused(self, status: Mapping[str, Any] | None) -> None:
-        """Raise RunPausedError when too many lines failed: nobody is here to go on with it."""
-        if status and status.get("state") == "paused":
-            paused = status["paused"]
-            line = (paused.get("cause") or {}).get("line")
-            words = ["dispatcher", "runs", str(self._state_dir)]
-            look = shlex.join(words if line is None else [*words, "--item", str(line)])
-            raise RunPausedError(
-                f"{paused['message']}; look with: {look}; mend the cause, then go on with: "
-                f"{self._resume_hint} --accept-failures (or a higher --max-failures)"
-            )
+    async def _look(self) -> None:
+        """Ask the server how the run is, and show it; nothing changes when it does not answer."""
+        assert self._client is not None
+        if status := await self._client.status():
+            self._status = status
+            logs.know(run=status.get("run"))
+            self._display.show(status, time.monotonic())
+            self._pauses.look(status)
 
     def _running_workers(self) -> list[Child]:
         return [worker for worker in self._workers if worker.process.exit_code is None]
@@ -363,7 +322,7 @@ class LocalRun:
             code = child.process.exit_code
             if code is None or (code == ExitCode.COMPLETE and child is not self._server):
                 continue
-            if child is not self._server and child.stopped_by_itself:
+            if child.is_drained_server or (child is not self._server and child.stopped_by_itself):
                 continue
             if child is self._server and code == ExitCode.COMPLETE:
                 self._status["state"] = "complete"

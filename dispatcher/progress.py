@@ -56,6 +56,8 @@ def line_of(facts: RunFacts, models: dict[str, Any] | None = None) -> str:
         parts.append(f"{clock(facts.left_s)} left {facts.basis}")
     if facts.behind:
         parts.append(facts.behind)
+    if facts.paused:
+        parts.append(facts.paused)
     if facts.output_error:
         parts.append(f"output paused: {facts.output_error}")
     return ", ".join(parts)
@@ -77,6 +79,7 @@ def rows_of(facts: RunFacts) -> list[tuple[str, str]]:
     again = f"{facts.charged} charged, {facts.crashed} by crashes"
     rows = [
         ("state", facts.state),
+        ("", facts.paused),
         ("done", f"{facts.done} of {about}{facts.total} lines"),
         ("speed", speed if facts.state != "complete" else ""),
         ("time left", left),
@@ -164,7 +167,7 @@ def _view(facts: RunFacts, models: dict[str, Any]) -> Group:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     rows = rows_of(facts)
-    if not facts.has_begun:
+    if not facts.has_begun and not facts.paused:
         rows.append(("", "waiting for a task manager to be ready"))
     if len(models) > 1:
         loads = ", ".join(_load(*model) for model in list(models.items())[:_MODELS_THAT_FIT])
@@ -175,25 +178,28 @@ def _view(facts: RunFacts, models: dict[str, Any]) -> Group:
 
 
 class LineDisplay:
-    """A plain line a minute."""
+    """A plain line a minute, and at once when the run is paused or goes on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._rates = Rates()
         self._shown_at: float | None = None
-        self._waits = False
+        self._said = ""  # while nothing was begun
+        self._paused = ""
 
     def show(self, status: dict[str, Any], now: float) -> None:
         """Print a line when it is time."""
         self._rates.add(now, status["done"], status["completion_tokens"])
         facts = facts_of(status, self._rates)
         if not facts.has_begun:
-            if not self._waits:
-                self._waits = True
-                self.note("waiting for a task manager to be ready")
+            waits = facts.paused or "waiting for a task manager to be ready"
+            if waits != self._said:
+                self._said = waits
+                self.note(waits)
             return
-        if self._shown_at is None or now - self._shown_at >= LINE_EVERY_S:
-            self._shown_at = now
+        is_due = self._shown_at is None or now - self._shown_at >= LINE_EVERY_S
+        if is_due or facts.paused != self._paused:
+            self._shown_at, self._paused = now, facts.paused
             self.show_facts(facts, status.get("models"))
 
     def show_facts(self, facts: RunFacts, models: dict[str, Any] | None = None) -> None:

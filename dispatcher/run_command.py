@@ -37,7 +37,7 @@ TASK_RUN = "dispatcher-task-run"
 
 _HANDED_OVER = "DISPATCHER_RUN_COMMAND"
 _OF_ONE_START = {
-    *("help", "config", "resume", "accept_changes", "accept_failures", "takeover"),
+    *("help", "config", "resume", "accept_changes", "accept_failures", "unpause", "takeover"),
     *("preview", "preview_full"),
 }
 _OF_THE_TASK = {"task", "task_arg", "task_args"}

@@ -46,6 +46,7 @@ class RunFacts:
     """How a run stands. `left_s` is None where nothing says it; its pace is over `basis_s`.
 
     `waiting_for` is the line behind which `waiting` results wait. `errors` are counts by cause.
+    `paused` says why nothing is handed out, or is empty.
     """
 
     state: str
@@ -67,6 +68,7 @@ class RunFacts:
     left_s: float | None = None
     basis_s: float = 0.0
     output_error: str | None = None
+    paused: str = ""
     has_begun: bool = True
 
     @property
@@ -118,6 +120,7 @@ def facts_of(status: Mapping[str, Any], rates: Rates) -> RunFacts:
         left_s=left_s,
         basis_s=basis_s,
         output_error=status["output_error"],
+        paused=(status.get("paused") or {}).get("message", ""),
         has_begun=bool(status["next_work_id"] or status["done"]),
     )
 

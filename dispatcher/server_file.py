@@ -25,6 +25,7 @@ from dispatcher.storage.files import Files
 SERVER_FILE = "server.json"
 ADMIN_TOKEN_FILE = "admin.token"
 CERTIFICATE_FILE = "tls.pem"
+DRAINED = "drained"
 """The server's own private key and certificate."""
 TOKEN_VARIABLE = "DISPATCHER_TOKEN"
 FINGERPRINT_VARIABLE = "DISPATCHER_FINGERPRINT"
@@ -38,8 +39,8 @@ _OTHERS = stat.S_IRWXG | stat.S_IRWXO
 class ServerFile(msgspec.Struct):
     """What server.json holds; `token` is None when the server asks for none.
 
-    `state` is `running`, `complete` or `stopped`. `fingerprint` is that of the server's
-    certificate, None where `url` is not https.
+    `state` is `running`, `complete`, `stopped`, or `drained` after POST /drain.
+    `fingerprint` is that of the server's certificate, None where `url` is not https.
     """
 
     url: str

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import time
 from collections import deque
@@ -20,9 +19,11 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from dispatcher.alarms import Alarms
 from dispatcher.config import RunSettings
 from dispatcher.core.buckets import BATCH_BOUNDS, Buckets
-from dispatcher.core.failures import FailureTrend, Jump, Pause
+from dispatcher.core.failures import Jump
+from dispatcher.core.pausing import Pause
 from dispatcher.core.results import error_kind, lease_serials, valid_results
 from dispatcher.core.work_queue import (
     CRASH,
@@ -33,11 +34,10 @@ from dispatcher.core.work_queue import (
     parse_lease_id,
 )
 from dispatcher.core.worker_totals import WorkerTotals, models_in_status, models_in_summary
+from dispatcher.error_lines import refused_line, tombstone
 from dispatcher.errors import (
     CorruptJournalError,
     DispatcherError,
-    SpoolFileError,
-    SpoolUnreadableError,
     StateError,
     StorageError,
     StorageFullError,
@@ -58,13 +58,14 @@ from dispatcher.models import (
     WorkItem,
     WorkStatus,
 )
+from dispatcher.spool_intake import SpoolIntake
 from dispatcher.storage.files import Files
 from dispatcher.storage.journal import last_epoch
 from dispatcher.storage.opening import OpenRun, open_run, utc_now
 from dispatcher.storage.ownership import REFRESH_S, Ownership
 from dispatcher.storage.run_state import make_state_dir, remove_intermediate, save_run_file
 from dispatcher.storage.source import InputLine, LineSource
-from dispatcher.storage.spool import Spool, SpoolFile
+from dispatcher.storage.spool import Spool
 from dispatcher.storage.writer import Batch, RunWriter
 
 T = TypeVar("T")
@@ -72,12 +73,6 @@ log = logging.getLogger(__name__)
 
 REPLY_BYTES = 32 << 20
 """Input text handed out in one reply, at most (but always one item)."""
-
-SPOOL_LOOK_S = 5.0
-"""How often the spool is looked at for results of workers that cannot reach this process."""
-
-SPOOL_AT_START_S = 10.0
-"""How long a start waits for the spool to be taken in; what is left of it follows."""
 
 _SCAN_LINES = 1024
 _SCAN_BYTES = 4 << 20
@@ -118,7 +113,7 @@ class DispatchService:
 
     `finished` is set when the output is complete and synced. `failure` is set when the run
     cannot go on in this process; every verb raises it from then on. `paused` is set while nothing
-    is handed out because more lines failed than may.
+    is handed out until somebody says so, `drain_asked` when somebody wants the server to end.
     """
 
     def __init__(
@@ -138,12 +133,12 @@ class DispatchService:
         self.stopped = asyncio.Event()
         self.workers_told: set[str] = set()
         self.worker_totals = WorkerTotals()
-        self.failure_trend = FailureTrend()
-        self.paused = asyncio.Event()
+        self.alarms = Alarms()
+        self.failure_trend, self.paused = self.alarms.trend, self.alarms.paused
+        self.drain_asked = asyncio.Event()
         self.queue = WorkQueue(settings.policy)
         self.invalid_results = 0
         self.duplicate_results = 0
-        self.spooled_results = 0
         self.items_handed_out = Buckets(BATCH_BOUNDS)
         self.results_taken = Buckets(BATCH_BOUNDS)
         self._monotonic = clock
@@ -153,12 +148,14 @@ class DispatchService:
         self._writer: RunWriter | None = None
         self._source: LineSource | None = None
         self._lines: deque[InputLine] = deque()
-        self._spool = Spool(settings.state_dir, self._files)
-        self._spool_refused: set[str] = set()
-        self._spool_complaints: set[str] = set()
-        self._spool_seen = asyncio.Event()
         self._write_thread = make_thread("journal")
         self._read_thread = make_thread("input")
+        self._intake = SpoolIntake(
+            Spool(settings.state_dir, self._files),
+            self._read_thread,
+            self.submit,
+            lambda: self._ownership.is_confirmed,
+        )
         # A claim must be seen to be kept also while a slow file system holds up the journal.
         self._claim_thread = make_thread("claim")
         self._fill_lock = asyncio.Lock()
@@ -195,17 +192,23 @@ class DispatchService:
         if run.is_complete:
             self.finished.set()
             return
-        if self.settings.accept_failures:
-            self.queue.accept_failures()
+        self._hear_start()
         self._note_input_end()
-        self._watch_failures()
+        self.alarms.look(self.queue)
         self._tasks += [
             asyncio.create_task(self._guard(self._commit_forever())),
             asyncio.create_task(self._guard(self._tick_forever())),
-            asyncio.create_task(self._guard(self._take_spool_forever())),
+            asyncio.create_task(self._guard(self._intake.take_forever(self.run_id))),
         ]
         self._work_queued.set()
-        await self._until_spool_is_seen()
+        await self._intake.until_seen(self.stopped)
+
+    def _hear_start(self) -> None:
+        said = self.settings
+        if not self.queue.hear_start(
+            said.start, accept_failures=said.accept_failures, resume=said.unpause
+        ):
+            log.warning(_HEARD_BEFORE, said.start)
 
     async def drain(self) -> None:
         """Hand out nothing more; results and releases are still taken."""
@@ -234,7 +237,7 @@ class DispatchService:
         if self._source is not None:
             self._source.close()
         if self.finished.is_set() and self.failure is None:
-            self._spool.remove_all(self.run_id)
+            self._intake.spool.remove_all(self.run_id)
             remove_intermediate(self.settings.state_dir, self.epoch, self._files)
         self.stopped.set()
 
@@ -419,21 +422,14 @@ class DispatchService:
         """Change the work timeout, also for items already handed out."""
         self.queue.set_work_timeout(timeout_s, self._clock.now())
 
-    async def change_failure_limit(self, limit: str | None, *, accept: bool) -> Pause | None:
-        """Let so many lines fail from now on, or accept those that failed so far, or both.
-
-        Return the pause in which the run is nevertheless. Raises ValueError for what is no limit.
-        """
+    async def decide(self, change: Callable[[WorkQueue], None]) -> None:
+        """Let what a person said change the queue; return when that is on disk."""
         self._check_usable()
         queue = self.queue
-        if limit is not None:
-            queue.set_max_failures(limit)
-        if accept:
-            queue.accept_failures()
-        self._watch_failures()
+        change(queue)
+        self.alarms.look(queue)
         self._notify()
         await self._barrier(queue)
-        return queue.pause
 
     @property
     def writer(self) -> RunWriter | None:
@@ -477,7 +473,7 @@ class DispatchService:
             "steps_replayed": reported.replayed,
             "duplicate_results": self.duplicate_results,
             "invalid_results": self.invalid_results,
-            "spooled_results": self.spooled_results,
+            "spooled_results": self._intake.taken,
             "requests": reported.requests,
             "prompt_tokens": reported.prompt_tokens,
             "completion_tokens": reported.completion_tokens,
@@ -585,7 +581,9 @@ class DispatchService:
             if line.defect is None:
                 texts[work_id] = line.text
             else:
-                queue.tombstone(work_id, line.defect, self._refusal(work_id, line), now)
+                limit = self.settings.max_line_bytes
+                refused = refused_line(work_id, line.defect, line.text, limit)
+                queue.tombstone(work_id, line.defect, refused, now)
         return texts
 
     async def _fill_lines(self) -> None:
@@ -606,24 +604,6 @@ class DispatchService:
         assert self._source is not None
         if self.queue.next_offset >= self._source.size_bytes:
             self.queue.end_of_input()
-
-    def _refusal(self, work_id: int, line: InputLine) -> bytes:
-        assert self._source is not None
-        said = {
-            "blank_line": "the line is blank",
-            "undecodable_line": "the line is not UTF-8",
-            "line_too_long": (
-                f"the line is longer than --max-line-bytes {self.settings.max_line_bytes}; "
-                "original_content holds its beginning"
-            ),
-        }
-        error = {
-            "error": line.defect,
-            "work_id": work_id,
-            "message": said[line.defect or ""],
-            "original_content": line.text,
-        }
-        return _dump({"__ERROR__": error})
 
     # ---------------------------------------------------------------- taking back
 
@@ -674,7 +654,7 @@ class DispatchService:
         """Give condemned items their tombstone, and let waiting calls see what became ready."""
         if self.queue.condemned:
             await self._bury_condemned()
-        self._watch_failures()
+        self.alarms.look(self.queue)
         self._queue_events()
         if self.queue.ready_count or self.queue.is_complete:
             self._notify()
@@ -686,81 +666,11 @@ class DispatchService:
             if item is None:
                 continue  # its result came while another one's line was read
             (line,) = await self._in_reader(self._fetch, [item.offset])
-            error = {
-                "error": MAX_RETRIES_EXCEEDED,
-                "work_id": work_id,
-                "original_content": line.text,
-                "attempts": [msgspec.structs.asdict(ended) for ended in item.history],
-            }
             if queue is not self.queue:
                 return
             if item.condemned:
-                tombstone = _dump({"__ERROR__": error})
-                queue.tombstone(work_id, MAX_RETRIES_EXCEEDED, tombstone, self._clock.now())
-
-    # ---------------------------------------------------------------- the spool
-
-    async def _take_spool_forever(self) -> None:
-        """Take in what workers spooled while no server answered them, and what they spool now."""
-        while True:
-            try:
-                for name in await self._spool_call(self._spool.names):
-                    if name not in self._spool_refused:
-                        await self._take_spool_file(name)
-            except SpoolUnreadableError as error:
-                self._say_of_spool_once("", error)
-            except StorageFullError:
-                pass  # what was not taken in is still there at the next look
-            self._spool_seen.set()
-            await asyncio.sleep(SPOOL_LOOK_S)
-
-    async def _take_spool_file(self, name: str) -> None:
-        """Take results from a file as if they were handed in, then delete it.
-
-        A process that dies before that leaves what the next one will find to be duplicates.
-        """
-        file: SpoolFile | None = None
-        accepted = count = 0
-        try:
-            file = await self._spool_call(self._spool.open, name, self.run_id)
-            if file is None:
-                return
-            while results := await self._spool_call(file.next_results):
-                new = (await self.submit(results)).count(Outcome.ACCEPTED)
-                self.spooled_results += new
-                accepted += new
-                count += len(results)
-        except SpoolUnreadableError as error:  # a network file system may do better next time
-            self._say_of_spool_once(name, error)
-        except SpoolFileError as error:
-            self._spool_refused.add(name)
-            self._say_of_spool_once(name, error)
-        else:
-            if self._ownership.is_confirmed:  # else the next look, or the next owner, does it
-                await self._spool_call(self._spool.remove, name)
-        finally:
-            if file is not None:
-                self._read_thread.submit(file.close)  # behind a read that was given up
-        if accepted or (count and name not in self._spool_complaints):
-            log.info("%d results from the spool file %s, %d of them new", count, name, accepted)
-
-    def _say_of_spool_once(self, name: str, error: SpoolFileError) -> None:
-        """Say what is wrong with a file, or the directory; it lies there, and the run goes on."""
-        if name not in self._spool_complaints:
-            self._spool_complaints.add(name)
-            log.warning("%s", error)
-
-    async def _until_spool_is_seen(self) -> None:
-        """Return when spooled results are in, as their lines are not to be handed out again."""
-        ends = [asyncio.ensure_future(e.wait()) for e in (self._spool_seen, self.stopped)]
-        try:
-            await asyncio.wait(ends, timeout=SPOOL_AT_START_S, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for end in ends:
-                end.cancel()
-
-    async def _spool_call(self, call: Callable[..., T], *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._read_thread, call, *args)
+                result = tombstone(work_id, line.text, item.history)
+                queue.tombstone(work_id, MAX_RETRIES_EXCEEDED, result, self._clock.now())
 
     # ---------------------------------------------------------------- waiting
 
@@ -925,7 +835,7 @@ class DispatchService:
             self.queue.expire(now)
             self.worker_totals.forget_all_but(self.queue.workers)
             await self._bury_condemned()
-            self._watch_failures()
+            self.alarms.look(self.queue)
             self._queue_events()
             assert self._writer is not None
             if (
@@ -934,22 +844,6 @@ class DispatchService:
             ):
                 self._work_queued.set()
             self._notify()  # an idle worker may get a copy of an item that runs too long
-
-    def _watch_failures(self) -> None:
-        """Say it when lines suddenly fail, and when so many did that the run pauses."""
-        queue, counters, trend = self.queue, self.queue.counters, self.failure_trend
-        before = trend.jump
-        trend.note(counters.done, counters.failed, counters.errors, queue.latest_failed)
-        if trend.jump is not None and before is None:
-            log.warning("suddenly more lines fail: %s", trend.jump)
-        elif trend.jump is None and before is not None:
-            log.info("lines fail as rarely again as before")
-        if queue.pause is not None and not self.paused.is_set():
-            self.paused.set()
-            log.warning("%s; %s", queue.pause, _GO_ON)
-        elif queue.pause is None and self.paused.is_set():
-            self.paused.clear()
-            log.info("the run goes on")
 
     async def _confirm_forever(self) -> None:
         """Let others see that this process has the run, and notice when it has it no more."""
@@ -1013,16 +907,14 @@ class DispatchService:
             raise failure from error
 
 
-_GO_ON = (
-    "what is under way may finish; mend the cause, then start the run again with --accept-failures "
-    "or a higher --max-failures, or tell the running server by POST /max_failures "
-    "(docs/protocol.md)"
-)
-
-
 def _facts_of(found: Pause | Jump | None) -> dict[str, Any] | None:
     return asdict(found) | {"message": str(found)} if found is not None else None
 
+
+_HEARD_BEFORE = (
+    "%s was heard before: --accept-failures and --unpause hold for the first time that it starts "
+    "the run, and not when it is started again"
+)
 
 _NOT_KEPT = "the journal cannot be written (is the disk full?); nothing was changed, try again"
 
@@ -1071,7 +963,3 @@ def _fail(future: asyncio.Future[None], error: DispatcherError) -> None:
     if not future.done():
         future.set_exception(error)
         future.exception()  # seen, even when nobody waits for it
-
-
-def _dump(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode("utf-8", "replace")

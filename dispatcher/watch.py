@@ -17,7 +17,7 @@ from dispatcher.config import Parser, number
 from dispatcher.errors import DispatcherError, ExitCode, UsageError
 from dispatcher.progress import Display, make_display, model_lines
 from dispatcher.run_facts import Rates, facts_of, facts_of_summary
-from dispatcher.server_file import read_server_file, token_given
+from dispatcher.server_file import DRAINED, read_server_file, token_given
 from dispatcher.storage.files import Files
 from dispatcher.storage.run_state import load_run_file
 
@@ -164,7 +164,7 @@ class Watch:
     def _why_away(self) -> str:
         if self._state_dir is not None:
             try:
-                if read_server_file(self._state_dir).state == "stopped":
+                if read_server_file(self._state_dir).state in ("stopped", DRAINED):
                     return "the server was stopped; waiting for it to be started again"
             except (OSError, DispatcherError):
                 pass

@@ -5,7 +5,8 @@
 # `start_workers`, or all three, and then `run_job`, which exits with
 #     0 complete   1 error   2 usage   3 stopped, to be gone on with   5 server lost
 # SIGTERM to the script (Slurm's warning before the time limit: --signal=B:TERM@120) stops the work
-# and requeues the job; SIGINT (scancel --batch --signal=INT JOB) stops it for good.
+# and requeues the job; SIGINT (scancel --batch --signal=INT JOB), or a server that somebody has
+# drained (POST /drain), stops it for good.
 # shellcheck shell=bash
 
 # No -e: how each part ended is looked at.
@@ -20,6 +21,9 @@ project=$(dirname "$scripts")
 # Of an array, the number alone may mean all of it.
 job=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_TASK_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+
+# A requeued job repeats its command; what that says for one start, --accept-failures say, holds once.
+export DISPATCHER_START="Slurm job $job${SLURM_CLUSTER_NAME:+ of $SLURM_CLUSTER_NAME}"
 
 server='' workers='' server_was_up='' asked='' code=''
 server_starts=0 workers_starts=0 workers_began_at=0
@@ -95,13 +99,18 @@ start_server() {
 # script is asked to end.
 await_server() {
     while [ -z "$asked" ] && is_running "$server"; do
-        if [ "$(cat "$STATE/server.json" 2>/dev/null)" != "$announced_before" ]; then
+        if has_announced; then
             server_was_up=1
             return 0
         fi
         pause 0.5
     done
     return 1
+}
+
+# has_announced: returns 0 once the server that was started last has written where it is.
+has_announced() {
+    [ "$(cat "$STATE/server.json" 2>/dev/null)" != "$announced_before" ]
 }
 
 # task_manager: sets `command` to a task manager of the run.
@@ -153,7 +162,9 @@ run_job() {
     # The server last: it takes what the others give back.
     end_workers
     end_server
-    if [ "$code" = "$STOPPED" ] && [ "$asked" = TERM ]; then
+    if [ "$code" = "$STOPPED" ] && was_drained; then
+        say "the server was drained; sbatch the same again to go on"
+    elif [ "$code" = "$STOPPED" ] && [ "$asked" = TERM ]; then
         requeue
     fi
     exit "$code"
@@ -163,6 +174,7 @@ note_server_end() {
     local ended=0
     wait "$server" || ended=$?
     server=''
+    ! has_announced || server_was_up=1 # it may have ended before anybody looked
     if [ "$ended" = 0 ] || [ "$ended" = 2 ] || [ -z "$server_was_up" ]; then
         code=$ended
     elif [ "$ended" = "$STOPPED" ]; then
@@ -222,6 +234,11 @@ end_server() {
     # It may have got the last results just now.
     if wait "$server"; then code=0; fi
     server=''
+}
+
+# was_drained: returns 0 if somebody had the server end that this job started.
+was_drained() {
+    has_announced && grep -q '"state": *"drained"' "$STATE/server.json" 2>/dev/null
 }
 
 # requeue: has Slurm start this job again, unless it was cancelled or is requeued already.

@@ -43,6 +43,43 @@ def rates_of(*samples: tuple[float, int, int]) -> Rates:
     return rates
 
 
+# --- a pause ------------------------------------------------------------------------------------
+
+WHY = "paused by an operator (a look)"
+PAUSED = {"state": "paused", "paused": {"message": WHY}}
+
+
+def test_a_pause_is_in_the_line_and_in_the_live_view() -> None:
+    assert WHY in facts(status(5, **PAUSED), Rates())
+    stream = io.StringIO()
+    display = LiveDisplay(stream)
+    display.show(status(5, **PAUSED), 0.0)
+    display.close()
+    assert WHY in stream.getvalue()
+
+
+def test_a_pause_and_its_end_are_shown_at_once_and_once() -> None:
+    stream = io.StringIO()
+    display = LineDisplay(stream)
+    for now, how in enumerate(({}, PAUSED, PAUSED, {}, {})):
+        display.show(status(5, **how), float(now))
+    assert [WHY in line for line in stream.getvalue().splitlines()] == [False, True, False]
+
+
+def test_a_run_that_is_paused_before_it_begins_does_not_wait_for_task_managers() -> None:
+    stream = io.StringIO()
+    display = LineDisplay(stream)
+    for _ in range(2):
+        display.show(status(next_work_id=0, **PAUSED), 0.0)
+    assert stream.getvalue() == f"{WHY}\n"
+    live = io.StringIO()
+    view = LiveDisplay(live)
+    view.show(status(next_work_id=0, **PAUSED), 0.0)
+    view.close()
+    assert WHY in live.getvalue()
+    assert "task manager" not in live.getvalue()
+
+
 # --- rates --------------------------------------------------------------------------------------
 
 

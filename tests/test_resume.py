@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dispatcher import launch
+from dispatcher import child, launch
 from dispatcher.config import Parser, add_run_limits, parse, policy_of
 from dispatcher.errors import DispatcherError, QuotaExhaustedError, StateError, UsageError
 from dispatcher.run_command import (
@@ -769,12 +769,12 @@ def test_a_server_that_dies_before_its_first_answer_is_started_again(
 ) -> None:
     started: list[str] = []
 
-    async def start(child: launch.Child) -> None:
-        started.append(child.name)
+    async def start(process: launch.Child) -> None:
+        started.append(process.name)
 
     monkeypatch.setattr(launch.Child, "start", start)
     monkeypatch.setattr(launch, "_RESTART_DELAY_S", 0.0)
-    monkeypatch.setattr(launch.ServerProcess, "exit_code", property(lambda _: 137))
+    monkeypatch.setattr(child.ServerProcess, "exit_code", property(lambda _: 137))
     args = launch.build_parser().parse_args(begun.run.arguments())
     asyncio.run(launch.LocalRun(args)._mend())
     assert started == ["the server"]
@@ -790,13 +790,13 @@ class Ended:
         ends = {"the server": (server, "")}
         ends |= {f"task-manager-{number}": end for number, end in enumerate(workers)}
 
-        async def start(child: launch.Child) -> None:
-            self.started.append(child.name)
+        async def start(process: launch.Child) -> None:
+            self.started.append(process.name)
 
         monkeypatch.setattr(launch.Child, "start", start)
-        monkeypatch.setattr(launch.Child, "last_words", lambda child: ends[child.name][1])
+        monkeypatch.setattr(launch.Child, "last_words", lambda process: ends[process.name][1])
         monkeypatch.setattr(launch, "_RESTART_DELAY_S", 0.0)
-        process = launch.ServerProcess
+        process = child.ServerProcess
         monkeypatch.setattr(process, "exit_code", property(lambda self: ends[self.name][0]))
         args = launch.build_parser().parse_args(["--task", "t", "--input", "i", "--output", "o"])
         self.run = launch.LocalRun(args)
@@ -831,6 +831,15 @@ def test_the_run_stops_when_no_worker_is_left_for_want_of_quota(
     assert "dispatcher run --resume" in str(caught.value)
 
 
+def test_a_server_that_was_drained_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Ended(monkeypatch, 3, (None, "")).mend() == ["the server"]  # it was told by a signal
+    ended = Ended(monkeypatch, 3, (None, ""))
+    words = "drained; go on with: dispatcher run --resume here"
+    monkeypatch.setattr(launch.Child, "last_words", lambda _: words)
+    assert ended.mend() == []
+    assert not asyncio.run(ended.run._may_begin())
+
+
 def test_a_worker_that_somebody_stopped_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
     words = f"{worker_cli.STOPPED}; what was not finished was given back"
     assert Ended(monkeypatch, None, (3, words)).mend() == ["task-manager-0"]
@@ -850,12 +859,10 @@ def test_a_refused_key_ends_the_run_and_no_restart_is_tried(
 
 def test_the_last_words_of_a_task_manager_hold_why_its_engine_ended() -> None:
     said = "dispatcher-task-run: fakellm ended with exit code 2; its log /x.log ends with:"
-    words = launch._last_words(["at work", said, "fakellm: r.yaml: No such file or directory", ""])
+    words = child._last_words(["at work", said, "fakellm: r.yaml: No such file or directory", ""])
     assert words == (
         "fakellm ended with exit code 2; its log /x.log ends with: "
         "fakellm: r.yaml: No such file or directory"
     )
-    assert (
-        launch._last_words(["dispatcher-server: the disk is full", "noise"]) == "the disk is full"
-    )
-    assert launch._last_words([]) == "it said nothing"
+    assert child._last_words(["dispatcher-server: the disk is full", "noise"]) == "the disk is full"
+    assert child._last_words([]) == "it said nothing"

@@ -11,6 +11,8 @@ from typing import Literal
 
 import msgspec
 
+from dispatcher.core.failures import Cause
+
 EndKind = Literal["returned", "released", "charged", "crashed"]
 """How a lease ended without a result.
 
@@ -129,6 +131,38 @@ class FailuresAccepted(msgspec.Struct, frozen=True, array_like=True, gc=False, t
     failed: int
 
 
+class FailuresPaused(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="too-many"):
+    """More lines failed than may: of `done` lines `failed` did, which `limit` does not allow.
+
+    Nothing is handed out until a limit is named or the failures are accepted; whoever finishes
+    lines meanwhile may bring their share below the limit again, and that changes nothing.
+    """
+
+    limit: str
+    failed: int
+    done: int
+    cause: Cause | None = None
+
+
+class OperatorPaused(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="pause"):
+    """Somebody said that nothing is to be handed out, until somebody says otherwise.
+
+    `reason` is what they gave for it, or empty.
+    """
+
+    reason: str
+
+
+class OperatorResumed(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="resume"):
+    """Somebody lifted the operator's pause."""
+
+
+class StartHeard(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="heard"):
+    """What the start of this name was told to do once is done: it is not done again for it."""
+
+    start: str
+
+
 class Watched(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="watch"):
     """The first heartbeat of the lease's worker came after the lease was given."""
 
@@ -160,6 +194,10 @@ Event = (
     | Absolved
     | FailureLimitSet
     | FailuresAccepted
+    | FailuresPaused
+    | OperatorPaused
+    | OperatorResumed
+    | StartHeard
     | Joined
     | Left
 )
@@ -264,12 +302,13 @@ class Counters(msgspec.Struct):
 
 
 class FailureState(msgspec.Struct, frozen=True, array_like=True):
-    """What was said about failed lines while the run went on; see the two events."""
+    """What was said about failed lines while the run went on; see the three events."""
 
     accepted_done: int = 0
     accepted_failed: int = 0
     limit: str = ""
     instead_of: str = ""
+    paused: FailuresPaused | None = None
 
 
 class QueueState(msgspec.Struct, frozen=True):
@@ -278,7 +317,8 @@ class QueueState(msgspec.Struct, frozen=True):
     Every line before `first_open` has its result; every line from `next_work_id` on, which
     begins at byte `next_offset` of the input, was never handed out; of those between, the ones
     in `items` are open and the others have their result, which for those in `tombstoned` is a
-    tombstone that a late result may still replace. `workers` names those that send heartbeats.
+    tombstone that a late result may still replace. `workers` names those that send heartbeats,
+    `heard` the start that was heard last.
     """
 
     first_open: int
@@ -290,3 +330,5 @@ class QueueState(msgspec.Struct, frozen=True):
     tombstoned: list[int] = []
     workers: list[str] = []
     failures: FailureState = FailureState()
+    operator: OperatorPaused | None = None
+    heard: str = ""

@@ -68,24 +68,6 @@ class Cause:
 
 
 @dataclass(frozen=True, slots=True)
-class Pause:
-    """Nothing is handed out: of `done` lines `failed` did, which is more than `limit` allows."""
-
-    limit: str
-    failed: int
-    done: int
-    cause: Cause | None
-
-    def __str__(self) -> str:
-        share = f" ({percent(self.failed, self.done)})" if self.limit.endswith("%") else ""
-        cause = f"; {self.cause}" if self.cause is not None else ""
-        return (
-            f"paused, as {self.failed} of {self.done} finished lines failed{share}, more than "
-            f"--max-failures {self.limit} allows{cause}"
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Jump:
     """Of the last `done` lines `failed` did, far more than of those before; `before` is a share.
 

@@ -33,7 +33,7 @@ from dispatcher.core.events import (
     Event,
     FailureLimitSet,
     FailuresAccepted,
-    FailureState,
+    FailuresPaused,
     Finished,
     Issued,
     ItemState,
@@ -42,16 +42,19 @@ from dispatcher.core.events import (
     LeaseState,
     Left,
     Opened,
+    OperatorPaused,
+    OperatorResumed,
     Past,
     Position,
     QueueState,
+    StartHeard,
     Stepped,
     StepsCut,
     StepState,
     Tombstoned,
     Watched,
 )
-from dispatcher.core.failures import Pause, commonest, parse_failure_limit
+from dispatcher.core.failures import parse_failure_limit
 from dispatcher.core.grants import (
     Grant,
     QueuePolicy,
@@ -62,6 +65,7 @@ from dispatcher.core.grants import (
 )
 from dispatcher.core.items import Item, ReadyItems
 from dispatcher.core.line_states import LineStates
+from dispatcher.core.pausing import Pause, Pauses, PausingEvent
 from dispatcher.core.steps import StepBook, StepNote
 from dispatcher.core.workers import PROGRESS_UNKNOWN, Durations, Lease, Worker
 from dispatcher.models import Outcome, StepOutcome
@@ -102,13 +106,13 @@ class WorkQueue:
         self.next_offset = 0
         self.next_serial = 1
         self.counters = Counters()
-        self.failures = FailureState()
+        self.pauses = Pauses()
         self.items: dict[int, Item] = {}
         self.steps = StepBook()
         self._lines = LineStates()
         # Volatile.
         self.input_ended = False
-        self.pause: Pause | None = None
+        self.pause: Pause | None = None  # that of `pauses`: every call for work looks at it
         self.latest_failed: dict[str, int] = {}  # kind of error -> the last line that has it
         self.workers: dict[str, Worker] = {}
         self.leases: dict[int, Lease] = {}
@@ -132,8 +136,12 @@ class WorkQueue:
             Stepped: self._apply_stepped,
             StepsCut: self._apply_cut,
             Absolved: self._apply_absolved,
-            FailureLimitSet: self._apply_limit_set,
-            FailuresAccepted: self._apply_accepted,
+            FailureLimitSet: self._apply_pausing,
+            FailuresAccepted: self._apply_pausing,
+            FailuresPaused: self._apply_pausing,
+            OperatorPaused: self._apply_pausing,
+            OperatorResumed: self._apply_pausing,
+            StartHeard: self._apply_pausing,
             Joined: self._apply_joined,
             Left: self._apply_left,
         }
@@ -495,13 +503,12 @@ class WorkQueue:
         """Lines before this one stand in the output, where a tombstone is final."""
         self._lines.note_written(first_unwritten)
 
-    # ---------------------------------------------------------------- failed lines
+    # ---------------------------------------------------------------- pauses
 
     @property
     def max_failures(self) -> str:
         """How many lines may fail before the run pauses, as text: a count, a share, or off."""
-        begun_with, said = self.policy.max_failures, self.failures
-        return said.limit if said.limit and said.instead_of == begun_with else begun_with
+        return self.pauses.limit(self.policy.max_failures)
 
     def set_max_failures(self, limit: str) -> None:
         """Let so many lines fail from now on; a paused run goes on if that is enough.
@@ -510,27 +517,50 @@ class WorkQueue:
         """
         parse_failure_limit(limit)
         self._record(FailureLimitSet(limit, self.policy.max_failures), now=0.0)
-        self._judge_failures_again()
+        self._pause_if_too_many_failed()
 
     def accept_failures(self) -> None:
         """Count failed lines anew from here, as if none had failed; a paused run goes on."""
         self._record(FailuresAccepted(self.counters.done, self.counters.failed), now=0.0)
-        self._judge_failures_again()
-
-    def _judge_failures_again(self) -> None:
-        self.pause = None
         self._pause_if_too_many_failed()
+
+    def pause_for_operator(self, reason: str) -> None:
+        """Hand out nothing until `resume`, also after a restart; another reason replaces the one
+        given before, none does not."""
+        before = self.pauses.operator
+        if before is None or reason not in ("", before.reason):
+            self._record(OperatorPaused(reason), now=0.0)
+
+    def resume(self) -> None:
+        """Lift the operator's pause; one for failed lines stays."""
+        if self.pauses.operator is not None:
+            self._record(OperatorResumed(), now=0.0)
+
+    def hear_start(self, start: str, *, accept_failures: bool, resume: bool) -> bool:
+        """Do what a start of the run was told to do once; say whether it is done.
+
+        It is not when the start has a name and was heard before: Slurm, say, repeats a command
+        whenever it starts its job again, and nobody has asked anew then.
+        """
+        if not accept_failures and not resume:
+            return True
+        if start and start == self.pauses.heard:
+            return False
+        if accept_failures:
+            self.accept_failures()
+        if resume:
+            self.resume()
+        if start:
+            self._record(StartHeard(start), now=0.0)
+        return True
 
     def _pause_if_too_many_failed(self) -> None:
         """Once paused, a run stays so until somebody who looked at the cause says otherwise."""
-        counters, said = self.counters, self.failures
-        if self.pause is not None or self.is_complete:
+        begun_with, counters = self.policy.max_failures, self.counters
+        if self.is_complete:
             return
-        done, failed = counters.done - said.accepted_done, counters.failed - said.accepted_failed
-        limit = self.max_failures
-        if parse_failure_limit(limit).is_exceeded(failed, done):
-            cause = commonest(counters.errors, self.latest_failed)
-            self.pause = Pause(limit, failed, done, cause)
+        if paused := self.pauses.too_many(begun_with, counters, self.latest_failed):
+            self._record(paused, now=0.0)
 
     # ---------------------------------------------------------------- workers and time
 
@@ -597,7 +627,9 @@ class WorkQueue:
             items=[self._item_state(item) for item in self.items.values()],
             tombstoned=self._lines.tombstones(),
             workers=sorted(w.name for w in self.workers.values() if w.heartbeats),
-            failures=self.failures,
+            failures=self.pauses.failures,
+            operator=self.pauses.operator,
+            heard=self.pauses.heard,
         )
 
     def _item_state(self, item: Item) -> ItemState:
@@ -624,7 +656,8 @@ class WorkQueue:
         self._lines = LineStates(state.first_open, state.next_work_id, state.tombstoned)
         self.next_offset, self.next_serial = state.next_offset, state.next_serial
         self.counters = state.counters.copy()
-        self.failures = state.failures
+        self.pauses.restore(state)
+        self.pause = self.pauses.current
         for name in state.workers:
             self._know(name, now).heartbeats = True
         for saved in state.items:
@@ -664,7 +697,10 @@ class WorkQueue:
                 if _is_blame(ended, ended.worker):
                     self._blamed.setdefault(ended.worker, []).append(item.work_id)
         self.set_work_timeout(self.policy.work_timeout_s, now)
-        self._judge_failures_again()
+        paused, limit = self.pauses.failures.paused, self.max_failures
+        if paused is not None and paused.limit != limit:  # this start names another one
+            self._record(FailureLimitSet(limit, self.policy.max_failures), now)
+        self._pause_if_too_many_failed()
 
     def adopt_workers(self, others: Iterable[Worker], now: float) -> None:
         """After a rebuild in a living process: keep what was known of the workers."""
@@ -745,15 +781,9 @@ class WorkQueue:
         if kind in self.counters.errors:  # which are bounded
             self.latest_failed[kind] = work_id
 
-    def _apply_limit_set(self, event: FailureLimitSet, now: float) -> None:
-        self.failures = msgspec.structs.replace(
-            self.failures, limit=event.limit, instead_of=event.instead_of
-        )
-
-    def _apply_accepted(self, event: FailuresAccepted, now: float) -> None:
-        self.failures = msgspec.structs.replace(
-            self.failures, accepted_done=event.done, accepted_failed=event.failed
-        )
+    def _apply_pausing(self, event: PausingEvent, now: float) -> None:
+        self.pauses.apply(event)
+        self.pause = self.pauses.current
 
     def _apply_watched(self, event: Watched, now: float) -> None:
         if lease := self.leases.get(event.serial):

@@ -11,6 +11,7 @@ import msgspec
 
 from dispatcher.client import WorkClient
 from dispatcher.errors import CorruptJournalError, DispatcherError
+from dispatcher.remedies import options_that_go_on
 from dispatcher.runs.found import FoundRun, number, section
 from dispatcher.runs.lines import count_errors
 from dispatcher.runs.reading import JournalEnd, Owner, patiently, read_end, read_owner
@@ -91,6 +92,8 @@ def _look(run: FoundRun, turn: AbstractContextManager[Any]) -> Standing:
     queue = end.queue
     total, exact = _estimate_total(end, run.input_bytes)
     _count(standing, msgspec.to_builtins(queue.counters), total, exact=exact)
+    if queue.pause is not None:
+        standing.note = f"{queue.pause}; it goes on with {options_that_go_on(queue.pause.by)}"
     return standing
 
 
@@ -133,6 +136,8 @@ def _ask_server(standing: Standing) -> bool:
     if status.get("run") != standing.run.run_id:
         return False
     _count(standing, status, number(status.get("total")), exact=bool(status.get("total_is_exact")))
+    if paused := status.get("paused"):
+        standing.note = str(paused.get("message", "paused"))
     if status.get("output_error"):
         standing.note = f"output paused: {status['output_error']}"
     return True

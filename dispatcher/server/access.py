@@ -27,6 +27,7 @@ BODY_BYTES = 64 << 20
 MAX_BATCH = 4096
 MAX_WAIT_S = 60.0
 MAX_NAME = 128
+MAX_REASON = 500
 MAX_COUNT = 1 << 53
 MAX_ITEMS = 1 << 14
 MAX_STEPS = 1 << 12
@@ -223,6 +224,13 @@ def worker_name(name: str | None) -> str:
     if not name or len(name) > MAX_NAME or not name.isprintable():
         raise BadRequestError(f'"worker" must be 1 to {MAX_NAME} printable characters')
     return name
+
+
+def reason(text: str) -> str:
+    """Return what somebody gave as a reason: it stands in logs and on terminals."""
+    if len(text) > MAX_REASON or not text.isprintable():
+        raise BadRequestError(f'"reason" must be at most {MAX_REASON} printable characters')
+    return text.strip()
 
 
 def whole_number(text: str | None, name: str, default: int) -> int:

@@ -13,6 +13,7 @@ import msgspec
 from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from dispatcher import steering
 from dispatcher.core.buckets import CALL_BOUNDS_S, Buckets
 from dispatcher.errors import (
     AccessDeniedError,
@@ -65,6 +66,17 @@ class MaxFailures(msgspec.Struct):
     accept: bool = False
 
 
+class PauseOrder(msgspec.Struct):
+    """Body of POST /pause."""
+
+    paused: bool
+    reason: str = ""
+
+
+class DrainOrder(msgspec.Struct):
+    """Body of POST /drain."""
+
+
 def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -> web.Application:
     """Build the application around one run."""
     app = web.Application(client_max_size=access.BODY_BYTES)
@@ -81,6 +93,8 @@ def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -
             web.get("/status", get_status),
             web.post("/work_timeout", post_work_timeout),
             web.post("/max_failures", post_max_failures),
+            web.post("/pause", post_pause),
+            web.post("/drain", post_drain),
             web.get("/metrics", get_metrics),
             web.get("/healthz", get_health),
             web.get("/", get_page),
@@ -257,8 +271,7 @@ async def get_status(request: web.Request) -> web.Response:
 
 async def post_work_timeout(request: web.Request) -> web.Response:
     """POST /work_timeout"""
-    if request.app[GATE].role(request.headers.get(hdrs.AUTHORIZATION)) is not ADMIN:
-        raise AccessDeniedError(access.NOT_ADMIN)
+    _check_admin(request)
     timeout_s = access.decode(await request.read(), WorkTimeout).timeout
     if not 0 < timeout_s < float("inf"):
         raise BadRequestError('"timeout" must be seconds above 0')
@@ -268,19 +281,42 @@ async def post_work_timeout(request: web.Request) -> web.Response:
 
 async def post_max_failures(request: web.Request) -> web.Response:
     """POST /max_failures"""
-    if request.app[GATE].role(request.headers.get(hdrs.AUTHORIZATION)) is not ADMIN:
-        raise AccessDeniedError(access.NOT_ADMIN)
+    _check_admin(request)
     body = access.decode(await request.read(), MaxFailures)
     if body.limit is None and not body.accept:
         raise BadRequestError('give "limit", as 200, "5%" or "off", or "accept": true, or both')
     limit = str(body.limit) if body.limit is not None else None
     service = request.app[SERVICE]
     try:
-        pause = await service.change_failure_limit(limit, accept=body.accept)
+        pause = await steering.change_failure_limit(service, limit, accept=body.accept)
     except ValueError as error:
         raise BadRequestError(f'"limit": {error}') from error
     said = f"the limit is {service.queue.max_failures} now"
     return _json({"status": "OK", "message": f"still {pause}" if pause is not None else said})
+
+
+async def post_pause(request: web.Request) -> web.Response:
+    """POST /pause"""
+    _check_admin(request)
+    body = access.decode(await request.read(), PauseOrder)
+    service = request.app[SERVICE]
+    if body.paused:
+        said = await steering.pause(service, access.reason(body.reason))
+    else:
+        said = await steering.resume(service)
+    return _json({"status": "OK", "message": said})
+
+
+async def post_drain(request: web.Request) -> web.Response:
+    """POST /drain"""
+    _check_admin(request)
+    access.decode(await request.read(), DrainOrder)
+    return _json({"status": "OK", "message": await steering.drain(request.app[SERVICE])})
+
+
+def _check_admin(request: web.Request) -> None:
+    if request.app[GATE].role(request.headers.get(hdrs.AUTHORIZATION)) is not ADMIN:
+        raise AccessDeniedError(access.NOT_ADMIN)
 
 
 async def get_metrics(request: web.Request) -> web.Response:

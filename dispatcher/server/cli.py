@@ -37,6 +37,7 @@ from dispatcher.server.connections import ConnectionLimits, raise_file_limit
 from dispatcher.server.tls import Tls
 from dispatcher.server_file import (
     ADMIN_TOKEN_FILE,
+    DRAINED,
     ServerFile,
     new_token,
     read_server_file,
@@ -374,7 +375,8 @@ def _print_start(service: DispatchService, announcement: Announcement) -> None:
 async def _serve_until_end(
     service: DispatchService, announcement: Announcement, stop: asyncio.Event
 ) -> int:
-    await _first_of(stop.wait(), service.finished.wait(), service.stopped.wait())
+    waits = (stop, service.drain_asked, service.finished, service.stopped)
+    await _first_of(*(event.wait() for event in waits))
     if service.failure is not None:
         raise service.failure
     if service.finished.is_set():
@@ -389,10 +391,12 @@ async def _serve_until_end(
     if service.finished.is_set():
         announcement.write_if_possible("complete")
         return ExitCode.COMPLETE
-    announcement.write_if_possible("stopped")
+    # Who starts servers by itself, as the scripts of slurm/ do, leaves a drained one alone.
+    ended = DRAINED if service.drain_asked.is_set() else "stopped"
+    announcement.write_if_possible(ended)
     settings = service.settings
     program = (settings.command or {}).get("program", SERVER)
-    print(f"dispatcher-server: stopped; go on with: {resume_hint(program, settings.state_dir)}")
+    print(f"dispatcher-server: {ended}; go on with: {resume_hint(program, settings.state_dir)}")
     return ExitCode.STOPPED
 
 

@@ -143,6 +143,15 @@ class RunCollector(Collector):
         backends.add_metric(["up"], up)
         backends.add_metric(["down"], len(alive) - up)
         yield backends
+        paused_by = (status["paused"] or {}).get("by", ())
+        paused = GaugeMetricFamily(
+            "dispatcher_run_paused",
+            "1 while nothing is handed out, as the failure limit or an operator said.",
+            labels=["by"],
+        )
+        for who in ("failures", "operator"):
+            paused.add_metric([who], float(who in paused_by))
+        yield paused
         yield GaugeMetricFamily(
             "dispatcher_output_paused",
             "1 while the output cannot be written, and results are kept in the journal.",

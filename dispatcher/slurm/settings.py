@@ -113,6 +113,7 @@ _FILES = ("infile", "worker_config", "server_config")
 _PATHS = (*_FILES, "outfile", "state", "venv")
 _NAMES_OR_PATHS = ("model", "container")
 _WORDS = ("worker_args", "server_args")
+_OF_ONE_START = ("--accept-failures", "--unpause")  # of the server; --resume does not repeat them
 _ONLY_START = ("server_timeout",)
 
 
@@ -401,4 +402,8 @@ def _recorded(
         for name, value in vars(args).items()
         if name not in left_out and value not in (None, [])
     }
-    return {**given, **others, "chdir": str(directory)}
+    words = shlex.split(given.get("server_args", ""))
+    kept = [word for word in words if word not in _OF_ONE_START]
+    changed = {"server_args": shlex.join(kept)} if kept != words else {}
+    recorded = {name: text for name, text in {**given, **changed}.items() if text}
+    return {**recorded, **others, "chdir": str(directory)}

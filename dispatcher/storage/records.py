@@ -14,14 +14,18 @@ from dispatcher.core.events import (
     Absolved,
     FailureLimitSet,
     FailuresAccepted,
+    FailuresPaused,
     Finished,
     Issued,
     Joined,
     LeaseEnded,
     Left,
     Opened,
+    OperatorPaused,
+    OperatorResumed,
     Position,
     QueueState,
+    StartHeard,
     Stepped,
     StepsCut,
     Tombstoned,
@@ -82,6 +86,10 @@ Record = (
     | Absolved
     | FailureLimitSet
     | FailuresAccepted
+    | FailuresPaused
+    | OperatorPaused
+    | OperatorResumed
+    | StartHeard
     | Joined
     | Left
 )

@@ -286,6 +286,48 @@ def test_a_restart_finds_the_run_paused() -> None:
     assert paused_run().restarted().pause is not None
 
 
+def fallen_below_the_limit() -> Run:
+    """Return a run that 5 % paused, with good lines that were under way in since: 4 % failed."""
+    run = Run(600, "5%")
+    grants = run.take(500)
+    run.finish(grants[:200], failed=20)
+    run.finish(grants[200:])
+    assert (run.queue.counters.failed, run.queue.counters.done) == (20, 500)
+    return run
+
+
+def test_a_share_that_fell_below_the_limit_meanwhile_does_not_end_a_pause_at_a_restart() -> None:
+    run = fallen_below_the_limit()
+    queue = run.restarted()
+    assert queue.pause is not None
+    assert str(queue.pause) == str(run.queue.pause)
+    assert queue.lease_ready("w", 1, NOW) == []
+
+
+def test_a_checkpoint_holds_a_pause_whose_share_fell_below_the_limit() -> None:
+    run = fallen_below_the_limit()
+    queue = WorkQueue(run.policy)
+    queue.restore(run.queue.checkpoint(), NOW)
+    queue.begin_again(NOW)
+    assert str(queue.pause) == str(run.queue.pause)
+
+
+def test_whoever_names_a_limit_is_told_by_the_counts_of_then() -> None:
+    run = fallen_below_the_limit()
+    run.queue.set_max_failures("3%")
+    assert run.queue.pause is not None
+    assert (run.queue.pause.limit, run.queue.pause.done) == ("3%", 500)
+    run.queue.set_max_failures("5%")
+    assert run.queue.pause is None
+
+
+def test_a_pause_that_another_limit_ended_at_a_start_is_over_for_good() -> None:
+    run = fallen_below_the_limit()
+    run.queue = run.restarted(QueuePolicy(max_failures="4%"))
+    assert run.queue.pause is None
+    assert run.restarted(run.policy).pause is None
+
+
 def test_a_restart_with_a_higher_limit_goes_on() -> None:
     queue = paused_run().restarted(QueuePolicy(max_failures="20%"))
     assert queue.pause is None
@@ -297,7 +339,7 @@ def test_a_restart_remembers_accepted_failures() -> None:
     run.queue.accept_failures()
     queue = run.restarted()
     assert queue.pause is None
-    assert queue.failures == run.queue.failures
+    assert queue.pauses.failures == run.queue.pauses.failures
 
 
 def test_a_restart_with_the_same_limit_keeps_the_one_that_was_set_meanwhile() -> None:
@@ -321,7 +363,7 @@ def test_what_was_said_of_failures_is_in_a_checkpoint() -> None:
     queue = WorkQueue(run.policy)
     queue.restore(run.queue.checkpoint(), NOW)
     queue.begin_again(NOW)
-    assert queue.failures == run.queue.failures
+    assert queue.pauses.failures == run.queue.pauses.failures
     assert queue.max_failures == "50%"
 
 

@@ -32,6 +32,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from dispatcher.core import failures
 from dispatcher.core.events import Event, Issued, LeaseEnded, Position, QueueState
 from dispatcher.core.work_queue import (
     CRASH,
@@ -54,6 +55,8 @@ CRASHES_BEFORE_SOLO = 2
 MASS_LEAST = 3
 FORGET_AFTER_S = 20 * TERM_S
 LEAST_DURATIONS = 10
+LEAST_LINES = 4
+"""A share of failures counts from so few lines on here."""
 BACKUP_FACTOR = 1.5
 UNKNOWN = -1
 STEP_BYTES, ITEM_STEP_BYTES, RUN_STEP_BYTES = 12, 30, 60
@@ -173,6 +176,11 @@ class Model:
         self.enough_since = float("inf")
         self.input_ended = False
         self.written = 0
+        self.operator: str | None = None  # the reason of a pause
+        self.too_many: tuple[str, int, int] | None = None  # limit, failed, done when it began
+        self.begun_with, self.said = policy.max_failures, ("", "")  # a limit, instead of which
+        self.accepted = (0, 0)  # failed, done
+        self.heard = ""
         names = "issued charged crashed released returned expired steps step_mismatches"
         self.counts = dict.fromkeys(names.split(), 0)
 
@@ -190,8 +198,28 @@ class Model:
         return 0 if self.input_ended else self.window - ahead if self.window else 100
 
     @property
+    def paused(self) -> bool:
+        return self.operator is not None or self.too_many is not None
+
+    @property
+    def limit(self) -> str:
+        limit, instead_of = self.said
+        return limit if limit and instead_of == self.begun_with else self.begun_with
+
+    @property
+    def failed_of(self) -> tuple[int, int]:
+        """Return how many lines failed, of how many that have their result."""
+        fates = [line.fate for line in self.lines]
+        failed = sum(fate in ("tombstone", "refused", "failed") for fate in fates)
+        return failed, len(fates) - fates.count("open")
+
+    @property
+    def is_complete(self) -> bool:
+        return self.input_ended and all(line.fate != "open" for line in self.lines)
+
+    @property
     def may_open(self) -> bool:
-        return self.room > 0
+        return self.room > 0 and not self.paused
 
     @property
     def ready(self) -> list[int]:
@@ -224,6 +252,8 @@ class Model:
         What was handed out before goes first, then lines in their order. An item whose crashes
         were taken back may still go out alone, although it need not.
         """
+        if self.paused:
+            return [[]]
         ready = sorted(self.ready, key=lambda i: (self.lines[i].fresh, i))
         alone = [i for i in ready if self.lines[i].solo]
         forgiven = [i for i in ready if self.lines[i].was_solo and i not in alone]
@@ -262,6 +292,7 @@ class Model:
         client = self.clients.get(worker)
         return (
             self.backups
+            and not self.paused
             and client is not None
             and client.watched
             and len(self.lines[lease.work_id].held) == 1
@@ -281,6 +312,35 @@ class Model:
             and before >= max(self.enough_since, lease.moved_at, lease.running_since)
             and before - lease.running_since > BACKUP_FACTOR * max(self.durations)
         )
+
+    # ---- pauses
+
+    def judge(self) -> None:
+        """Pause when too many lines failed; whatever comes in later ends no pause."""
+        failed, done = (now - then for now, then in zip(self.failed_of, self.accepted, strict=True))
+        if self.too_many is not None:
+            met["failed again while paused for it"] += 1
+            return
+        share, percent, _ = self.limit.partition("%")
+        if self.limit != "off" and (
+            failed > int(share) / 100 * done and done >= LEAST_LINES
+            if percent
+            else failed > int(share)
+        ):
+            met["paused for failures"] += 1
+            met["paused for both"] += self.operator is not None
+            self.too_many = (self.limit, failed, done)
+
+    def set_limit(self, limit: str) -> None:
+        self.said, self.too_many = (limit, self.begun_with), None
+        if not self.is_complete:
+            self.judge()
+
+    def accept(self) -> None:
+        met["a pause ended by accepted failures"] += self.too_many is not None
+        self.accepted, self.too_many = self.failed_of, None
+        if not self.is_complete:
+            self.judge()
 
     # ---- taking back
 
@@ -309,6 +369,8 @@ class Model:
         line.condemned = False
         line.held.clear()
         line.steps.clear()
+        if fate != "done" and not self.is_complete:
+            self.judge()
 
     def release(
         self,
@@ -567,7 +629,15 @@ class Model:
                 self.absolve(name)
 
     def _call_back(self) -> None:
-        """Which items are called back, from whom, is the queue's choice; how many is not."""
+        """Which items are called back, from whom, is the queue's choice; how many is not.
+
+        While the run is paused they are all that nobody has begun.
+        """
+        if self.paused:
+            for lease in self.leases:
+                met["called back by a pause"] += lease.unstarted and lease.recall != "yes"
+                lease.recall = "yes" if lease.unstarted else lease.recall
+            return
         idle = {name: client.idle for name, client in self.clients.items() if client.idle}
         if not self.backups or self.ready or self.may_open or not idle:
             return
@@ -607,6 +677,15 @@ class Model:
             if lease.worker:
                 client = self.know(lease.worker, now)
                 client.watched = client.watched or lease.watched
+        if self.too_many is not None:
+            met["paused for failures at a restart"] += 1
+            failed, done = self.failed_of
+            met["whose share was below the limit"] += self.limit == "50%" and 2 * failed <= done
+            if self.too_many[0] != self.limit:
+                met["another limit named at a restart"] += 1
+                self.said, self.too_many = (self.limit, self.begun_with), None
+        met["paused by an operator at a restart"] += self.operator is not None
+        self.judge()
 
     def adopt(self, others: dict[str, Client], now: float) -> None:
         for name, other in others.items():
@@ -639,6 +718,7 @@ class Model:
                 i for i, fate in enumerate(fates) if fate == "tombstone" and i >= self.first_open
             ],
             "workers": sorted(name for name, client in self.clients.items() if client.watched),
+            "pauses": (self.operator, self.too_many, self.accepted, self.said, self.heard),
             "items": {
                 work_id: {
                     "place": (line.offset, line.size),
@@ -659,6 +739,14 @@ class Model:
         }
 
 
+def pauses_of(state: QueueState) -> tuple[Any, ...]:
+    said, operator = state.failures, state.operator
+    too_many = said.paused and (said.paused.limit, said.paused.failed, said.paused.done)
+    accepted = (said.accepted_failed, said.accepted_done)
+    reason = operator.reason if operator is not None else None
+    return reason, too_many, accepted, (said.limit, said.instead_of), state.heard
+
+
 def durable(state: QueueState) -> dict[str, Any]:
     """Say what a checkpoint says, in the model's words."""
     counters = msgspec.structs.asdict(state.counters)
@@ -670,6 +758,7 @@ def durable(state: QueueState) -> dict[str, Any]:
         | {"tombstones": {error: n for error, n in counters["tombstones"].items() if n}},
         "tombstoned": sorted(state.tombstoned),
         "workers": sorted(state.workers),
+        "pauses": pauses_of(state),
         "items": {
             item.work_id: {
                 "place": (item.offset, item.line_bytes),
@@ -699,6 +788,8 @@ worker_names = st.sampled_from(["a", "b", *WORKERS])
 seconds = st.sampled_from([0, 1, 2, 10, 19, 20, 29, 30, 31, 60, 100, 700])
 ENDS = ("silence", "back", "charge", "charge the copy", "stop")
 reasons = st.sampled_from(["sigterm", CRASH])
+failure_limits = st.sampled_from(["50%", "50%", "20%", "0", "2", "off"])
+AFTER_FAILURES = ("nothing", "pause", "accept", "restart", "another limit", "lost")
 yields_kept = st.sampled_from([None, None, 0, 1, 2])
 positions = st.tuples(st.integers(0, 2), st.integers(0, 1))
 hashes = st.sampled_from("aab")
@@ -715,6 +806,8 @@ class Life(RuleBasedStateMachine):
     """A server's calls in any order."""
 
     limits: ClassVar[dict[str, Any]] = {}
+    has_people = False
+    """Whether somebody pauses the run and changes its limits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -1340,6 +1433,77 @@ class Life(RuleBasedStateMachine):
         assert fresh.checkpoint() == self.queue.checkpoint()
         self.take_over(fresh)
 
+    @precondition(lambda self: self.has_people)
+    @rule(nth=some, limit=failure_limits)
+    def restart_with_another_limit(self, nth: int, limit: str) -> None:
+        known, state = self.saved[nth % len(self.saved)]
+        for line in self.model.lines[: decode_state(state).next_work_id]:
+            line.fresh = False
+        fresh = self.rebuilt(known, state)
+        fresh.policy = replace(fresh.policy, max_failures=limit)
+        self.model.begun_with = limit
+        self.take_over(fresh)
+
+    # ---- what people say
+
+    @precondition(lambda self: self.has_people)
+    @rule(reason=st.sampled_from(["", "a", "b"]))
+    def pause(self, reason: str) -> None:
+        self.queue.pause_for_operator(reason)
+        met["paused by an operator"] += self.model.operator is None
+        self.model.operator = reason or self.model.operator or ""
+
+    @precondition(lambda self: self.has_people)
+    @rule()
+    def resume(self) -> None:
+        self.queue.resume()
+        self.model.operator = None
+
+    @precondition(lambda self: self.has_people)
+    @rule(limit=failure_limits)
+    def set_the_limit_of_failures(self, limit: str) -> None:
+        self.queue.set_max_failures(limit)
+        self.model.set_limit(limit)
+
+    @precondition(lambda self: self.has_people)
+    @rule(failed=st.integers(1, 5), fine=st.integers(0, 6), then=st.sampled_from(AFTER_FAILURES))
+    def let_lines_fail_while_others_are_under_way(self, failed: int, fine: int, then: str) -> None:
+        """The run goes on, some lines fail, and others that were handed out before do not."""
+        self.resume()
+        self.set_the_limit_of_failures("50%")
+        self.queue.accept_failures()
+        self.model.accept()
+        self.open_lines([10] * max(0, min(failed + fine, self.model.room)))
+        grants = self.ask_ready("", failed + fine)
+        if then == "pause":
+            self.pause("a")
+        for nth, grant in enumerate(grants):
+            self.hand_in(*key(grant), failed=nth < failed)
+        if then == "accept":
+            self.hear_a_start("", True, False)
+        elif then == "restart":
+            self.restart(0, True)
+        elif then == "another limit":
+            self.restart_with_another_limit(0, "20%")
+        elif then == "lost":
+            self.sync_the_journal()
+            self.lose_what_was_not_synced()
+
+    @precondition(lambda self: self.has_people)
+    @rule(start=st.sampled_from(["", "job 1", "job 2"]), accept=yes_or_no, lift=yes_or_no)
+    def hear_a_start(self, start: str, accept: bool, lift: bool) -> None:
+        model = self.model
+        knows = (accept or lift) and start != "" and start == model.heard
+        met["a start heard before"] += knows
+        assert self.queue.hear_start(start, accept_failures=accept, resume=lift) == (not knows)
+        if knows or not (accept or lift):
+            return
+        if accept:
+            model.accept()
+        if lift:
+            model.operator = None
+        model.heard = start or model.heard
+
     @rule()
     def sync_the_journal(self) -> None:
         self.synced = (len(self.events), copy.deepcopy(self.model), len(self.grants))
@@ -1349,10 +1513,12 @@ class Life(RuleBasedStateMachine):
         """A write failed: the queue is built anew from what is on disk, in the same process."""
         others, workers = self.model.clients, self.queue.workers.values()
         timeout_s, input_ended = self.model.timeout_s, self.model.input_ended
+        begun_with = self.model.begun_with
         events, model, grants = self.synced
         met["a failed write undone"] += 1
         self.model = copy.deepcopy(model)
         self.model.timeout_s, self.model.input_ended = timeout_s, input_ended
+        self.model.begun_with = begun_with
         del self.events[events:]
         del self.grants[grants:]
         self.saved = [(known, state) for known, state in self.saved if known <= events]
@@ -1376,6 +1542,8 @@ class Life(RuleBasedStateMachine):
             assert says[part] == value, part
         assert queue.ready_count == len(model.ready)
         assert queue.may_open() == model.may_open
+        assert (queue.pause is not None) == model.paused
+        assert queue.max_failures == model.limit
         assert queue.steps.size == sum(line.step_bytes for line in model.lines) <= RUN_STEP_BYTES
         assert len(queue.steps) == sum(bool(line.steps) for line in model.lines)
         assert not any(line.steps for line in model.lines if line.fate != "open")
@@ -1409,6 +1577,8 @@ class Life(RuleBasedStateMachine):
             return  # it would hide the failure
         self.queue.end_of_input()
         self.model.input_ended = True
+        self.set_the_limit_of_failures("off")
+        self.resume()
         for lease in self.model.leases:
             if lease in self.model.lines[lease.work_id].held:
                 self.hand_in(lease.work_id, lease.serial)
@@ -1449,7 +1619,13 @@ class WithOneReissue(Life):
     limits: ClassVar = {"max_retries": 1, "work_timeout_s": 20.0}
 
 
-MACHINES = [WithReissues, WithoutReissues, InASmallWindow, WithoutEnd, WithOneReissue]
+@seed(SEED + 5)
+class WithPeople(Life):
+    limits: ClassVar = {"max_retries": 1, "max_failures": "50%"}
+    has_people = True
+
+
+MACHINES = [WithReissues, WithoutReissues, InASmallWindow, WithoutEnd, WithOneReissue, WithPeople]
 
 thorough = settings(
     max_examples=SEQUENCES // len(MACHINES),
@@ -1463,7 +1639,9 @@ thorough = settings(
 
 @pytest.fixture(scope="module", autouse=True)
 def _counted() -> Iterator[None]:
+    usual, failures.LEAST_LINES = failures.LEAST_LINES, LEAST_LINES
     yield
+    failures.LEAST_LINES = usual
     for situation, times in sorted(met.items()):
         print(f"{times:8} {situation}")
     print(f"\nwork queue against its model: {ran['sequences']} sequences, {ran['steps']} steps")

@@ -48,6 +48,7 @@ from dispatcher.taskmanager.tasksource.leased import LeasedSource
 from tests.faults.oracle import Ledger, result_of
 from tests.faults.sim_disk import ProcessFiles, SimDisk, SimLocks, identity_of
 from tests.faults.sim_loop import Process, SteppedThread, VirtualThread, until
+from tests.faults.sim_operator import Operator, PauseLedger
 from tests.faults.sim_steps import SimTask, StepLedger, yields_of
 
 CALL_TIMEOUT_S = 60.0
@@ -106,8 +107,10 @@ class World:
     acknowledging_epoch: int = 0
     final_status: dict[str, Any] = field(default_factory=dict)
     steps: StepLedger = field(init=False)
+    pauses: PauseLedger = field(init=False)
 
     def __post_init__(self) -> None:
+        self.pauses = PauseLedger(self.complain)
         self.steps = StepLedger(self.complain, self.counts, lambda: self.now)
 
     @property
@@ -140,6 +143,7 @@ class World:
     # ---------------------------------------------------------------- what clients are told
 
     def note_work(self, worker: str, reply: BatchWorkResponse, asked_at: float) -> None:
+        self.pauses.note_work(reply, asked_at)
         for item in reply.items:
             number = item.work_id
             self.counts["grants"] += 1
@@ -281,6 +285,7 @@ class Server:
             world.announced = self
         world.trace(self.process.name, f"ready, epoch {service.epoch}")
         world.counts["server starts"] += 1
+        world.pauses.note_start(service)
         self._check_files()
 
     def _check_files(self) -> None:
@@ -402,7 +407,7 @@ class _Exchange:
     def __init__(
         self,
         world: World,
-        client: Worker | OldClient,
+        client: Worker | OldClient | Operator,
         server: Server,
         act: Callable[[DispatchService], Awaitable[Any]],
     ) -> None:
@@ -491,13 +496,13 @@ def _tells_state(value: Any) -> bool:
 class SimLink:
     """The calls of a worker, over the simulated network; see tasksource/leased.py, Link."""
 
-    def __init__(self, world: World, client: Worker | OldClient, name: str) -> None:
+    def __init__(self, world: World, client: Worker | OldClient | Operator, name: str) -> None:
         self._world, self._client, self._name = world, client, name
         self._server: Server | None = None
 
     async def get_work(self, batch_size: int = 1, wait_s: float = 0.0) -> BatchWorkResponse:
         world, asked_at = self._world, self._world.now
-        reply = await self._call(
+        reply = await self.call(
             lambda service: service.get_work(self._name, batch_size, wait_s),
             CALL_TIMEOUT_S + wait_s,
         )
@@ -527,7 +532,7 @@ class SimLink:
             return outcomes, work
 
         voiding = world.steps.note_results(results)
-        reply = await self._call(submit, CALL_TIMEOUT_S)
+        reply = await self.call(submit, CALL_TIMEOUT_S)
         if reply is None:
             return BatchResultResponse(WorkStatus.SERVER_UNAVAILABLE)
         world.steps.note_reply(voiding)
@@ -553,7 +558,7 @@ class SimLink:
             return reply
 
         renews = any(item.renew for item in released)
-        reply = await self._call(take_back, RENEW_TIMEOUT_S if renews else CALL_TIMEOUT_S)
+        reply = await self.call(take_back, RENEW_TIMEOUT_S if renews else CALL_TIMEOUT_S)
         if reply is None:
             return ReleaseWorkResponse(WorkStatus.SERVER_UNAVAILABLE)
         assert isinstance(reply, ReleaseWorkResponse)
@@ -571,7 +576,7 @@ class SimLink:
         async def record(service: DispatchService) -> StepsResponse:
             return StepsResponse(WorkStatus.OK, await service.record_steps(steps))
 
-        reply = await self._call(record, CALL_TIMEOUT_S)
+        reply = await self.call(record, CALL_TIMEOUT_S)
         if reply is None:
             return StepsResponse(WorkStatus.SERVER_UNAVAILABLE)
         assert isinstance(reply, StepsResponse)
@@ -584,7 +589,7 @@ class SimLink:
             self._client.note_heard(service)
             return reply
 
-        reply = await self._call(beat, HEARTBEAT_TIMEOUT_S)
+        reply = await self.call(beat, HEARTBEAT_TIMEOUT_S)
         if reply is None:
             return HeartbeatResponse(WorkStatus.SERVER_UNAVAILABLE)
         assert isinstance(reply, HeartbeatResponse)
@@ -593,7 +598,7 @@ class SimLink:
     async def close(self) -> None:
         """There is no connection to let go of."""
 
-    async def _call(
+    async def call(
         self, act: Callable[[DispatchService], Awaitable[Any]], timeout_s: float
     ) -> Any | None:
         """Call the server that was there last; look for another one when it does not answer."""

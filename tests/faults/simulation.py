@@ -30,7 +30,8 @@ from dispatcher.storage import ownership, writer
 from tests.faults.oracle import Ledger, input_line
 from tests.faults.sim_disk import SimDisk, SimLocks, path_class
 from tests.faults.sim_loop import DeadlockError, SteppedLock, VirtualLoop, until
-from tests.faults.sim_world import Conduct, OldClient, Server, Worker, World, patched
+from tests.faults.sim_operator import Operator
+from tests.faults.sim_world import Conduct, OldClient, Server, SimLink, Worker, World, patched
 
 HOSTS = ("host1", "host2")
 AFTER_FAULTS_S = 3000.0
@@ -41,7 +42,10 @@ _PATH_CHARACTERS = 100
 
 @dataclass
 class Scenario:
-    """What a seed draws once; `plan` holds the faults: (second, name)."""
+    """What a seed draws once; `plan` holds the faults: (second, name).
+
+    At the seconds `pauses` an operator pauses the run for a while.
+    """
 
     seed: int
     lines: int
@@ -59,6 +63,7 @@ class Scenario:
     fault_phase_s: float
     restart_after_s: float
     plan: list[tuple[float, str]] = field(default_factory=list)
+    pauses: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -168,6 +173,7 @@ def draw_scenario(seed: int) -> Scenario:
     scenario.plan = _draw_plan(scenario, rng)
     scenario.plan += _draw_restarts_of_engines(scenario)
     scenario.plan.sort()
+    scenario.pauses = _draw_pauses(scenario)
     if any(kind in _CONTESTS for _, kind in scenario.plan):
         scenario.stepped = rng.random() < 0.6
         scenario.locks = rng.choice(["working", "absent", "absent", "node-local"])
@@ -206,6 +212,14 @@ def _draw_restarts_of_engines(scenario: Scenario) -> list[tuple[float, str]]:
         )
         for _ in range(times)
     ]
+
+
+def _draw_pauses(scenario: Scenario) -> list[float]:
+    """Some begin about when something else happens."""
+    rng = Random(f"pauses {scenario.seed}")
+    moments = [moment for moment, _ in scenario.plan]
+    times = rng.choice([0, 0, 0, 1, 2, 3])
+    return sorted(max(0.0, rng.choice(moments) + rng.uniform(-3.0, 3.0)) for _ in range(times))
 
 
 class Simulation:
@@ -250,6 +264,9 @@ class Simulation:
             OldClient(world, number)
         for number in range(scenario.workers):
             self._start_worker(number)
+        if scenario.pauses:
+            rng = Random(f"operator {scenario.seed}")
+            Operator(world, lambda who: SimLink(world, who, "").call, rng, scenario.pauses)
         keeping = asyncio.ensure_future(self._keep_running())
         for second, kind in scenario.plan:
             await asyncio.sleep(second - world.now)

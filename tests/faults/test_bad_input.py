@@ -1109,6 +1109,8 @@ VALID_BODIES: dict[str, Any] = {
     },
     "/work_timeout": {"timeout": 5},
     "/max_failures": {"limit": "5%"},
+    "/pause": {"paused": True},
+    "/drain": {},
 }
 
 BODIES: dict[str, Callable[[bytes], bytes]] = {
@@ -1234,6 +1236,14 @@ FIELDS: dict[str, tuple[tuple[str, Any], str]] = {
     "a limit of failures that is true": (("/max_failures", {"limit": True}), "limit"),
     "no limit of failures": (("/max_failures", {}), "limit"),
     "failures accepted by a number": (("/max_failures", {"accept": 1}), "accept"),
+    "a pause that is a word": (("/pause", {"paused": "yes"}), "paused"),
+    "a pause that is a number": (("/pause", {"paused": 1}), "paused"),
+    "a pause that is null": (("/pause", {"paused": None}), "paused"),
+    "no pause": (("/pause", {}), "paused"),
+    "a reason that is no text": (("/pause", {"paused": True, "reason": 7}), "reason"),
+    "a reason of two lines": (("/pause", {"paused": True, "reason": "a\nb"}), "reason"),
+    "a reason that moves the cursor": (("/pause", {"paused": True, "reason": "\x1b[2J"}), "reason"),
+    "a reason without an end": (("/pause", {"paused": True, "reason": "x" * 501}), "500"),
     "a work timeout of 0": (("/work_timeout", {"timeout": 0}), "timeout"),
     "a negative work timeout": (("/work_timeout", {"timeout": -1}), "timeout"),
     "a work timeout of minus zero": (("/work_timeout", {"timeout": -0.0}), "timeout"),

@@ -30,6 +30,7 @@ TIMEOUT_S = 150.0
 
 CLIENT = "client.py"
 QUEUE = "core/work_queue.py"
+PAUSING = "core/pausing.py"
 LEASED = "taskmanager/tasksource/leased.py"
 MANAGER = "taskmanager/manager.py"
 SERVICE = "service.py"
@@ -44,6 +45,9 @@ SEEDS = "tests/faults/test_mutants.py::test_a_few_whole_runs_keep_every_promise"
 CRASHES = "tests/faults/test_mutants.py::test_a_few_crash_states_hold_what_was_acknowledged"
 IN_STORAGE = "tests/storage/"
 IN_CORE = "tests/core/test_work_queue.py::"
+PAUSES = "tests/core/test_pausing.py::"
+PAUSES_FOR_FAILURES = "tests/core/test_failures.py::"
+OPERATOR = "tests/service/test_operator_pause.py::"
 IN_SOURCE = "tests/taskmanager/test_leased.py::"
 IN_MANAGER = "tests/taskmanager/test_manager.py::"
 TAKING = "tests/service/test_taking_and_giving.py::"
@@ -107,6 +111,56 @@ MUTANTS = [
         "        pass\n",
         SEEDS,
         "is in no segment|is lost",
+    ),
+    # ---------------------------------------------------------------- pauses
+    Mutant(
+        "good lines that come in later end a pause for failures at the next start",
+        QUEUE,
+        "        if paused is not None and paused.limit != limit:",
+        "        if paused is not None:",
+        PAUSES_FOR_FAILURES
+        + "test_a_share_that_fell_below_the_limit_meanwhile_does_not_end_a_pause_at_a_restart",
+        "assert None is not None",
+    ),
+    Mutant(
+        "a checkpoint forgets that an operator paused the run",
+        QUEUE,
+        "            operator=self.pauses.operator,\n",
+        "",
+        PAUSES + "test_an_operators_pause_survives_a_restart_and_a_checkpoint",
+        "assert 'None' == 'paused by",
+    ),
+    Mutant(
+        "a checkpoint forgets which start was heard",
+        QUEUE,
+        "            heard=self.pauses.heard,\n",
+        "",
+        PAUSES + "test_a_start_of_the_same_name_is_heard_once",
+        "assert not True",
+    ),
+    Mutant(
+        "a job that is started again accepts failures again",
+        QUEUE,
+        "        if start and start == self.pauses.heard:\n",
+        "        if start and not self.pauses.heard:\n",
+        PAUSES + "test_a_start_of_the_same_name_is_heard_once",
+        "assert not True|assert False",
+    ),
+    Mutant(
+        "a named limit ends an operator's pause, too",
+        PAUSING,
+        "        if isinstance(event, FailureLimitSet):\n",
+        "        if isinstance(event, FailureLimitSet):\n            self.operator = None\n",
+        PAUSES + "test_a_limit_that_is_named_does_not_lift_an_operators_pause",
+        "assert None == Pause",
+    ),
+    Mutant(
+        "a pause is answered before it is on disk",
+        SERVICE,
+        "        self._notify()\n        await self._barrier(queue)\n\n    @property",
+        "        self._notify()\n\n    @property",
+        OPERATOR + "test_a_pause_that_cannot_be_written_is_refused_and_is_none",
+        "DID NOT RAISE",
     ),
     # ---------------------------------------------------------------- engines that die
     Mutant(

@@ -51,6 +51,7 @@ def test_a_thousand_seeds_keep_every_promise(block: int) -> None:
     # then every kind of fault was among them
     assert [kind for kind in (*SERVER_FAULTS, *WORKER_FAULTS) if not counts[kind]] == []
     assert counts["renewals told again"] > 0
+    assert counts["pauses by an operator"] > 0
 
 
 def trace_of(verdict: Verdict) -> tuple[str, float]:

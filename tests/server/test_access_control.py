@@ -39,6 +39,8 @@ CALLS = [
     ("POST", "/heartbeat"),
     ("POST", "/work_timeout"),
     ("POST", "/max_failures"),
+    ("POST", "/pause"),
+    ("POST", "/drain"),
     ("GET", "/status"),
     ("GET", "/metrics"),
     ("GET", "/nowhere"),

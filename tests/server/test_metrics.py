@@ -16,7 +16,7 @@ UNITS = ("seconds", "bytes")
 NOT_BASE_UNITS = re.compile(
     r"_(s|ms|us|milliseconds|microseconds|minutes|hours|kb|kib|mb|mib|gib|percent|count|sum)$"
 )
-LABELS = {"result", "kind", "reason", "state", "call", "model", "le", "run", "version"}
+LABELS = {"result", "kind", "reason", "state", "call", "model", "le", "run", "version", "by"}
 MOST_SERIES = 500
 
 

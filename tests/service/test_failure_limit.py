@@ -14,6 +14,7 @@ from dispatcher.config import RunSettings
 from dispatcher.core.work_queue import QueuePolicy
 from dispatcher.models import HeartbeatRequest, WorkStatus
 from dispatcher.service import DispatchService
+from dispatcher.steering import change_failure_limit
 from tests.service.support import (
     answer,
     expected,
@@ -121,7 +122,7 @@ def test_a_call_for_work_that_waits_is_answered_when_the_run_goes_on(settings: R
             await asyncio.sleep(0.05)
             assert not asking.done()
 
-            assert await service.change_failure_limit(None, accept=True) is None
+            assert await change_failure_limit(service, None, accept=True) is None
 
             assert len((await asking).items) == 1
 
@@ -133,8 +134,8 @@ def test_a_limit_that_is_not_enough_is_answered_with_the_pause(settings: RunSett
     async def scenario() -> None:
         async with serving(limited(settings, "0")) as service:
             await fail(service, 3)
-            assert await service.change_failure_limit("2", accept=False) is not None
-            assert await service.change_failure_limit("3", accept=False) is None
+            assert await change_failure_limit(service, "2", accept=False) is not None
+            assert await change_failure_limit(service, "3", accept=False) is None
             assert service.status()["state"] == "running"
 
     give_input(settings, 20)
@@ -168,7 +169,7 @@ def test_a_limit_that_was_set_by_a_call_survives_a_restart(settings: RunSettings
     async def scenario() -> None:
         async with serving(limited(settings, "2")) as service:
             await fail(service, 3)
-            await service.change_failure_limit("50", accept=False)
+            await change_failure_limit(service, "50", accept=False)
         async with serving(limited(settings, "2")) as service:
             assert service.status()["max_failures"] == "50"
             assert len(await take(service, 1)) == 1

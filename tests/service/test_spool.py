@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from dispatcher import service as service_module
+from dispatcher import spool_intake
 from dispatcher.config import RunSettings
 from dispatcher.core.work_queue import QueuePolicy
 from dispatcher.errors import DispatcherError
@@ -46,7 +46,7 @@ from tests.storage.broken_files import BROKEN, FULL, BrokenFiles, owned_by_the_d
 
 @pytest.fixture(autouse=True)
 def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service_module, "SPOOL_LOOK_S", 0.02)
+    monkeypatch.setattr(spool_intake, "SPOOL_LOOK_S", 0.02)
 
 
 def leave(
@@ -82,14 +82,14 @@ async def gone(path: Path) -> None:
 
 async def some_looks(service: DispatchService, count: int = 3) -> None:
     """Return when the spool was looked at a few more times."""
-    names, looks = service._spool.names, 0
+    names, looks = service._intake.spool.names, 0
 
     def counted() -> list[str]:
         nonlocal looks
         looks += 1
         return names()
 
-    service._spool.names = counted  # type: ignore[method-assign]
+    service._intake.spool.names = counted  # type: ignore[method-assign]
     await when(lambda: looks > count)
 
 
@@ -216,7 +216,7 @@ def test_a_large_spool_is_read_beside_the_loop_and_taken_in_pieces(
                 sizes.append(len(results))
                 return await submit(results)
 
-            service.submit = noted_submit  # type: ignore[method-assign]
+            service._intake._submit = noted_submit
             await gone(leave(settings, items, result=f'"{"x" * 5000}"'))
             await completed(service)
             assert sum(sizes) == 200
@@ -230,7 +230,7 @@ def test_a_large_spool_is_read_beside_the_loop_and_taken_in_pieces(
 def test_a_start_waits_for_a_slow_spool_only_so_long(
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service_module, "SPOOL_AT_START_S", 0.05)
+    monkeypatch.setattr(spool_intake, "SPOOL_AT_START_S", 0.05)
     give_input(settings, 3)
     go_on = threading.Event()
     names = spool_module.Spool.names
@@ -479,7 +479,7 @@ def test_with_the_journal_goes_the_spool_and_what_came_too_late(settings: RunSet
         await service.submit([answer(item) for item in items])
         await completed(service)
         await gone(leave(settings, items[:1], "while it lingers"))
-        service._spool.names = list  # type: ignore[assignment] # it does not look any more
+        service._intake.spool.names = list  # type: ignore[assignment] # it does not look any more
         leave(settings, items[:1], "late")
         await service.close()
         assert not (settings.state_dir / SPOOL_DIR).exists()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
+import ssl
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+from dispatcher.client import WorkClient
+from dispatcher.server_file import read_server_file
 from tests.slurm.cluster import Cluster, Job
 from tests.slurm.runs import SlurmRun
 from tests.support.processes import wait_until
@@ -151,6 +156,55 @@ def test_a_run_that_is_stopped_for_good_is_gone_on_with_by_the_same_sbatch(
 
     again = submit(cluster, run)
     assert again.wait() == 0, again.log
+    run.check()
+
+
+def told(run: SlurmRun, path: str, body: object) -> str:
+    """Make a call with the run's admin token; return the message."""
+    address = urlsplit(read_server_file(run.state_dir).url)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    assert address.hostname is not None
+    link = http.client.HTTPSConnection(address.hostname, address.port, timeout=10, context=context)
+    token = (run.state_dir / "admin.token").read_text().strip()
+    link.request("POST", path, json.dumps(body), {"Authorization": f"Bearer {token}"})
+    reply = link.getresponse()
+    said = str(json.loads(reply.read())["message"])
+    assert reply.status == 200, said
+    return said
+
+
+def test_a_drained_run_is_not_requeued_and_gone_on_with_by_the_same_sbatch(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    run = SlurmRun(tmp_path / "run", 800)
+    job = submit(cluster, run)
+    run.until_done(100)
+    told(run, "/drain", {})
+    assert job.wait() == 3, job.log
+    assert (job.state, job.restarts) == ("FAILED", 0)
+    assert "the server was drained; sbatch the same again to go on" in job.log
+
+    again = submit(cluster, run)
+    assert again.wait() == 0, again.log
+    run.check()
+
+
+def test_a_paused_run_stays_so_when_its_job_is_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    run = SlurmRun(tmp_path / "run", 800)
+    arguments = f"{run.settings['SERVER_ARGS']} --unpause"
+    job = submit(cluster, run, SERVER_ARGS=arguments)
+    run.until_done(100)
+    told(run, "/pause", {"paused": True, "reason": "maintenance"})
+    cluster.run("scontrol", "requeue", job.id)
+    job.wait_for("PENDING")
+    job.wait_for("RUNNING")
+    job.wait_for_log("was heard before: --accept-failures and --unpause hold for the first time")
+    wait_until(lambda: WorkClient(f"@{run.state_dir}/server.json").status(), "the server", 60)
+    assert WorkClient(f"@{run.state_dir}/server.json").status()["state"] == "paused"
+
+    assert told(run, "/pause", {"paused": False}) == "the run goes on"
+    assert job.wait() == 0, job.log
     run.check()
 
 

@@ -330,6 +330,18 @@ def test_a_resumed_run_is_what_it_was(
     assert "\nMAX_RETRIES=9 " in script("server")
 
 
+@pytest.mark.parametrize("other", ["", "--max-failures 5%"])
+def test_a_resumed_run_accepts_no_failures_and_lifts_no_pause_that_it_was_not_told_of(
+    fake: Fake, said: Any, other: str
+) -> None:
+    words = f"{other} --accept-failures --unpause".strip()
+    said("start", *FILES, f"--server-args={words}")
+    assert f"\nSERVER_ARGS='{words}' " in script("server")
+    said("stop", "out.jsonl")
+    said("start", "--resume", "out.jsonl")
+    assert f"\nSERVER_ARGS='{other}' " in script("server")
+
+
 # -------------------------------------------------------------------- when Slurm refuses
 
 

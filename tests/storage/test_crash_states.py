@@ -25,6 +25,7 @@ import yaml
 
 from dispatcher.config import RunSettings
 from dispatcher.core.events import Finished, Position, QueueState
+from dispatcher.core.pausing import Pause
 from dispatcher.core.work_queue import MAX_RETRIES_EXCEEDED, QueuePolicy, WorkQueue
 from dispatcher.core.workers import PROGRESS_UNKNOWN
 from dispatcher.errors import CorruptJournalError, DispatcherError, StateError, StorageFullError
@@ -59,6 +60,7 @@ class Point:
     state: QueueState
     results: dict[int, bytes]
     steps: Steps
+    pause: Pause | None
 
 
 @dataclass
@@ -207,6 +209,7 @@ class Scenario:
             self._note(began)
         else:
             assert same(self.drive.queue.checkpoint(), self.history.points[-1].state)
+            assert self.drive.queue.pause == self.history.points[-1].pause
             assert self.drive.stored_steps() == steps
 
     def restart(self, epoch: int, *, cleanly: bool) -> None:
@@ -218,7 +221,7 @@ class Scenario:
         drive = self.drive
         told, state = len(self.disk.operations), drive.queue.checkpoint()
         self.history.points.append(
-            Point(began, told, state, dict(drive.results), dict(drive.steps))
+            Point(began, told, state, dict(drive.results), dict(drive.steps), drive.queue.pause)
         )
 
     def commit(self) -> None:
@@ -294,6 +297,14 @@ class Scenario:
     def live(self) -> None:
         """Go through the whole life of the run."""
         while len(self.drive.results) < len(LINES) - 1:
+            if self.batches in (21, 28):  # and a restart finds it so
+                self.drive.queue.pause_for_operator(f"batch {self.batches}")
+                self.seen["pauses"] += 1
+            if self.batches in (23, 29):
+                self.drive.queue.hear_start("job 7", accept_failures=True, resume=True)
+                self.drive.queue.hear_start(
+                    f"job {self.batches}", accept_failures=True, resume=True
+                )
             self.act(self.rng)
             self.commit()
             if self.batches == 6:
@@ -329,7 +340,7 @@ class Judge:
         self.settings = settings
         self.history = history
         self.states = 0
-        self._known: dict[int, tuple[QueueState, Steps, bytes]] = {}
+        self._known: dict[int, tuple[QueueState, Steps, Pause | None, bytes]] = {}
 
     def problem(self, count: int, image: Image, history: History | None = None) -> str | None:
         """Return what is wrong with the run after a crash behind operation `count`."""
@@ -338,13 +349,15 @@ class Judge:
             key = image_key(image)
             if key not in self._known:
                 self._known[key] = self._reopen(image)
-            state, steps, output = self._known[key]
+            state, steps, pause, output = self._known[key]
         except (DispatcherError, AssertionError, LookupError, ValueError, OSError) as error:
             return f"{type(error).__name__}: {error}"
         candidates = (history or self.history).candidates(count)
         point = next((p for p in candidates if same(p.state, state)), None)
         if point is None:
             return f"the queue is in none of {len(candidates)} states it may be in: {state}"
+        if pause != point.pause:
+            return f"the run is {pause or 'not paused'}, and was {point.pause or 'not paused'}"
         if steps != point.steps:
             return f"the steps {steps} are handed out, not those recorded by then: {point.steps}"
         wanted = [point.results.get(n) or result_line(n, "afterwards") for n in range(len(LINES))]
@@ -357,19 +370,19 @@ class Judge:
         """How many different contents of the disk were opened."""
         return len(self._known)
 
-    def _reopen(self, image: Image) -> tuple[QueueState, Steps, bytes]:
-        """Open the run twice, finish it; return state, recorded steps and finished output."""
+    def _reopen(self, image: Image) -> tuple[QueueState, Steps, Pause | None, bytes]:
+        """Open the run twice, finish it; return state, recorded steps, pause, finished output."""
         disk = RecordingDisk(image)
         drive = Drive(self.settings, disk, epoch=50)
         if drive.run.is_complete:
             drive.close()
             last = self.history.points[-1]
-            return last.state, last.steps, image[str(self.settings.outfile)]
+            return last.state, last.steps, last.pause, image[str(self.settings.outfile)]
         state = drive.queue.checkpoint()
         assert all(x.progress == PROGRESS_UNKNOWN for x in drive.queue.leases.values())
         output = disk.image()[str(self.settings.outfile)]
         assert output.count(b"\n") == drive.run.writer.output.written <= state.first_open
-        steps = drive.stored_steps()
+        steps, pause = drive.stored_steps(), drive.queue.pause
         drive.close()
 
         drive = Drive(self.settings, disk, epoch=51)
@@ -382,7 +395,7 @@ class Judge:
         assert not disk.open_files
         if self.states % 16 == 0:
             assert not Ledger(POLICY.max_retries).problems(LINES, finished)
-        return state, steps, finished
+        return state, steps, pause, finished
 
 
 @pytest.fixture(autouse=True)
@@ -522,14 +535,18 @@ def test_a_power_failure_after_a_killed_process_was_started_again_loses_nothing(
         state = drive.queue.checkpoint()
         before = next(p for p in history.candidates(killed) if same(p.state, state))
         told = len(disk.operations)
-        history.points.append(Point(killed, told, state, before.results, before.steps))
+        history.points.append(
+            Point(killed, told, state, before.results, before.steps, before.pause)
+        )
         for _ in range(3):
             began = len(disk.operations)
             drive.open_lines(3)
             drive.finish_all("after the kill")
             drive.run.writer.write(drive.next_batch(sync=True))
             told, results = len(disk.operations), before.results | drive.results
-            history.points.append(Point(began, told, drive.queue.checkpoint(), results, {}))
+            history.points.append(
+                Point(began, told, drive.queue.checkpoint(), results, {}, drive.queue.pause)
+            )
         for count, image in disk.crashes(rng, first=killed + 1, most=5):
             if (problem := judge.problem(count, image, history)) is not None:
                 problems.append(f"killed behind {killed}, crash behind {count}: {problem}")

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 
 from dispatcher.config import RunSettings
+from dispatcher.core.pausing import Pause
 from dispatcher.errors import RunPausedError, StorageFullError
 from dispatcher.models import (
     BatchResultResponse,
@@ -24,6 +25,7 @@ from dispatcher.models import (
     WorkItem,
     WorkStatus,
 )
+from dispatcher.remedies import options_that_go_on
 from dispatcher.service import DispatchService
 from dispatcher.taskmanager.task.base import Task
 from dispatcher.taskmanager.tasksource.base import Assignment
@@ -130,8 +132,8 @@ class FileTaskSource(LeasedSource):
         Raises RunPausedError when it is paused.
         """
         await self.service.start()
-        if self.service.paused.is_set():
-            error = self._paused_error()
+        if (pause := self.service.alarms.pause) is not None:
+            error = self._paused_error(pause)
             await self.service.close()
             raise error
 
@@ -164,14 +166,16 @@ class FileTaskSource(LeasedSource):
 
     async def _end_when_paused(self) -> None:
         """End the worker: a server would wait for somebody who looks, but here nobody can speak."""
-        await self.service.paused.wait()
-        raise self._paused_error()
+        while (pause := self.service.alarms.pause) is None:
+            await self.service.paused.wait()
+        raise self._paused_error(pause)
 
-    def _paused_error(self) -> RunPausedError:
+    def _paused_error(self, pause: Pause) -> RunPausedError:
+        mend = "mend the cause, then " if "failures" in pause.by else ""
         return RunPausedError(
-            f"{self.service.queue.pause}; mend the cause, then start the same command, or --resume "
-            f"{shlex.quote(str(self.service.settings.state_dir))}, with --accept-failures or a "
-            "higher --max-failures"
+            f"{pause}; {mend}start the same command, or --resume "
+            f"{shlex.quote(str(self.service.settings.state_dir))}, with "
+            f"{options_that_go_on(pause.by)}"
         )
 
     async def _beat_forever(self) -> None:

@@ -1,0 +1,75 @@
+"""What people tell a run while it goes on: how many lines may fail, to pause, to go on, to end.
+
+Each word is on disk before it is answered. Said twice, it is answered twice and done once.
+"""
+
+from __future__ import annotations
+
+from dispatcher.core.pausing import Pause
+from dispatcher.core.work_queue import WorkQueue
+from dispatcher.remedies import calls_that_go_on
+from dispatcher.service import DispatchService
+
+_COMPLETE = "the run is complete"
+
+
+async def change_failure_limit(
+    service: DispatchService, limit: str | None, *, accept: bool
+) -> Pause | None:
+    """Let so many lines fail from now on, or accept those that failed so far, or both.
+
+    Return the pause in which the run is nevertheless. Raises ValueError for what is no limit.
+    """
+
+    def change(queue: WorkQueue) -> None:
+        if limit is not None:
+            queue.set_max_failures(limit)
+        if accept:
+            queue.accept_failures()
+
+    await service.decide(change)
+    return service.queue.pause
+
+
+async def pause(service: DispatchService, reason: str) -> str:
+    """Hand out nothing more until `resume`, after restarts too; return what to answer."""
+    if service.finished.is_set():
+        return f"{_COMPLETE}, there is nothing to pause"
+    await service.decide(lambda queue: queue.pause_for_operator(reason))
+    said = f"{service.queue.pause}; to go on: {_lifts(service.queue.pause)}"
+    if _is_ending(service):
+        return f"{said}; this server is ending, and the run stays paused when it is started again"
+    return said
+
+
+async def resume(service: DispatchService) -> str:
+    """Lift the operator's pause; return what to answer, with the pause that is left if any."""
+    if service.finished.is_set():
+        return _COMPLETE
+    was_paused = service.queue.pause is not None
+    await service.decide(lambda queue: queue.resume())
+    if (left := service.queue.pause) is not None:
+        return f"still {left}; to go on: {_lifts(left)}"
+    if _is_ending(service):
+        return "the run is not paused, but this server is ending: it goes on when started again"
+    return "the run goes on" if was_paused else "the run was not paused"
+
+
+async def drain(service: DispatchService) -> str:
+    """Have the server end as SIGTERM has it: return what to answer."""
+    if service.finished.is_set():
+        return f"{_COMPLETE}, and this server ends by itself"
+    service.drain_asked.set()
+    await service.drain()
+    return (
+        "nothing more is handed out; the server takes results for some seconds, ends with code 3, "
+        "and says how to go on"
+    )
+
+
+def _lifts(found: Pause | None) -> str:
+    return calls_that_go_on(found.by) if found is not None else ""
+
+
+def _is_ending(service: DispatchService) -> bool:
+    return bool(service.status()["state"] == "draining")
