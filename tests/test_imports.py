@@ -16,6 +16,7 @@ FLOORS = [
     ("dispatcher.errors", 0),
     ("dispatcher.taskmanager.backend.request", 0),
     ("dispatcher.help_text", 0),
+    ("dispatcher.input_options", 1),
     ("dispatcher.fakellm", 0),
     ("dispatcher.core", 1),
     ("dispatcher.config", 1),
