@@ -16,7 +16,7 @@ from dispatcher.core.work_queue import WorkQueue
 from dispatcher.errors import StateError
 from dispatcher.storage.files import Files
 from dispatcher.storage.inputs.copying import Copying, origin_now
-from dispatcher.storage.inputs.opening import is_there, open_source, reader_of
+from dispatcher.storage.inputs.opening import input_kind, is_there, open_source, reader_of
 from dispatcher.storage.inputs.reader import CopyStop
 from dispatcher.storage.journal import JOURNAL_DIR
 from dispatcher.storage.records import RunHeader
@@ -103,6 +103,7 @@ def open_run(
         "state": "running",
         "version": __version__,
         "started_at": run_file.get("started_at", utc_now()),
+        "input_kind": input_kind(settings.infile, fingerprint),
         "fingerprint": fingerprint,
         "settings": described,
         "command": going_on(run_file.get("command"), settings.command),

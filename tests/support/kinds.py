@@ -17,7 +17,8 @@ def write_plain(directory: Path, content: bytes) -> Path:
 def write_gzip(directory: Path, content: bytes) -> Path:
     """Write two members, cut anywhere."""
     path, half = directory / "in.jsonl.gz", len(content) // 2
-    path.write_bytes(gzip.compress(content[:half]) + gzip.compress(content[half:]))
+    members = [gzip.compress(part, mtime=0) for part in (content[:half], content[half:])]
+    path.write_bytes(b"".join(members))
     return path
 
 

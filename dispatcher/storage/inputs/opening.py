@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dispatcher.errors import UsageError
 from dispatcher.input_options import InputOptions, is_data_set, is_standard_input
@@ -79,3 +80,9 @@ def is_there(path: Path) -> bool:
     if is_standard_input(path):
         return False
     return is_data_set(path) or is_plain_file(path) or path.is_dir()
+
+
+def input_kind(path: Path, fingerprint: dict[str, Any]) -> str:
+    """Return what run.yaml calls the kind of an input that was opened."""
+    plain = "lines" if is_there(path) else "pipe"
+    return str(fingerprint.get("kind", plain))
