@@ -17,7 +17,7 @@ import pytest
 from dispatcher.storage.files import Files
 from dispatcher.storage.run_state import load_run_file
 from tests.faults.oracle import Ledger
-from tests.support.kinds import write_gzip, write_zstd
+from tests.support.kinds import write_gzip, write_parquet, write_zstd
 from tests.support.processes import ROOT, Process, kill_tree, running, wait_until
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,9 @@ class Run:
     def begin(self, latency_s: float = 0.3) -> Process:
         fake = f"--fakellm-args=--latency-s {latency_s} --call-log {self.calls}"
         files = [*self.source, "--output", "out.jsonl", "--task", "my_task.py:Ask"]
-        return self._start(*RUN, "--input", *files, "--backend", "fake", "--workers", "4", *TERM, fake)
+        return self._start(
+            *RUN, "--input", *files, "--backend", "fake", "--workers", "4", *TERM, fake
+        )
 
     def resume(self) -> Process:
         return self._start(*RUN, "--resume", self.state_dir)
@@ -119,7 +121,23 @@ def zstd_file(directory: Path) -> list[str]:
     return [write_zstd(directory, lines()).name]
 
 
-KINDS: list[Callable[[Path], list[str]]] = [gzip_file, zstd_file]
+def parquet_file(directory: Path) -> list[str]:
+    return [write_parquet(directory / "in.parquet", rows()).name]
+
+
+def parquet_directory(directory: Path) -> list[str]:
+    (data := directory / "data").mkdir()
+    write_parquet(data / "part-0.parquet", rows()[:20])
+    write_parquet(data / "part-1.parquet", rows()[20:])
+    return [data.name]
+
+
+KINDS: list[Callable[[Path], list[str]]] = [
+    gzip_file,
+    zstd_file,
+    parquet_file,
+    parquet_directory,
+]
 
 
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)

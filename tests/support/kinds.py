@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import zstandard
 
@@ -27,6 +28,15 @@ def write_zstd(directory: Path, content: bytes) -> Path:
     path, half = directory / "in.jsonl.zst", len(content) // 2
     compress = zstandard.ZstdCompressor(write_checksum=True).compress
     path.write_bytes(compress(content[:half]) + compress(content[half:]))
+    return path
+
+
+def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as Parquet, in groups of ten."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=10)
     return path
 
 

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 from dispatcher.errors import UsageError
 from dispatcher.storage.inputs.fingerprints import fingerprint_of_file
-from dispatcher.storage.inputs.reader import BLOCK_BYTES, CopyStop, InputReader
+from dispatcher.storage.inputs.reader import BLOCK_BYTES, CopyStop, InputReader, missing_package
 
 _ZSTD_PIECE_BYTES = (1 << 6, 1 << 8, 1 << 12)
 """What is decoded at once, at least, at first and at most: a few bytes may grow by thousands."""
@@ -134,11 +134,3 @@ def zstd_decoder(what: str) -> tuple[Callable[[], Any], type[Exception]]:
     # As much as zstd --long=31 asks for, which a file must be made with.
     whole = zstandard.ZstdDecompressor(max_window_size=1 << 31)
     return whole.decompressobj, zstandard.ZstdError
-
-
-def missing_package(what: str, package: str, extra: str) -> UsageError:
-    """Return the error that says which package a kind of file needs."""
-    return UsageError(
-        f"{what} needs the Python package {package}, which is not installed: "
-        f"pip install 'dispatcher[{extra}]', or {package}"
-    )

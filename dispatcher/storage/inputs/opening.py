@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,18 @@ from dispatcher.errors import UsageError
 from dispatcher.input_options import InputOptions, is_data_set, is_standard_input
 from dispatcher.storage.inputs.compressed import GzipReader, ZstdReader
 from dispatcher.storage.inputs.copying import Copying, copy_input, origin_now, origin_of_copy
+from dispatcher.storage.inputs.parquet import SUFFIX, ParquetReader, parquet_files
 from dispatcher.storage.inputs.pipe import PipeReader
 from dispatcher.storage.inputs.reader import InputReader
 from dispatcher.storage.run_state import SPOOL_FILE
 from dispatcher.storage.source import LineSource
 
 _OF_ONE_PROCESS = ("/dev/stdin", "/dev/fd", "/proc")
-_BY_SUFFIX = {".gz": GzipReader, ".zst": ZstdReader}
+_BY_SUFFIX: dict[str, Callable[[Path], InputReader]] = {
+    ".gz": GzipReader,
+    ".zst": ZstdReader,
+    SUFFIX: ParquetReader,
+}
 
 
 def is_plain_file(path: Path) -> bool:
@@ -36,7 +42,7 @@ def reader_of(path: Path, options: InputOptions | None = None) -> InputReader | 
     except OSError as error:
         raise UsageError(f"cannot read the input {path}: {error.strerror}") from error
     if path.is_dir():
-        raise UsageError(f"the input {path} is a directory; name a file of lines")
+        return _reader_of_directory(path)
     if path.is_file():
         by_suffix = _BY_SUFFIX.get(path.suffix.lower()) if is_plain_file(path) else None
         return by_suffix(path) if by_suffix is not None else None
@@ -80,6 +86,15 @@ def is_there(path: Path) -> bool:
     if is_standard_input(path):
         return False
     return is_data_set(path) or is_plain_file(path) or path.is_dir()
+
+
+def _reader_of_directory(path: Path) -> InputReader:
+    if parquet_files(path):
+        return ParquetReader(path)
+    raise UsageError(
+        f"the input {path} is a directory, and neither holds .parquet files nor was made by "
+        f"save_to_disk; name a file of lines in it, or hf:{path} for files that load_dataset reads"
+    )
 
 
 def input_kind(path: Path, fingerprint: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from dispatcher.errors import StartStoppedError
+from dispatcher.errors import StartStoppedError, UsageError
 
 BLOCK_BYTES = 1 << 20
 
@@ -65,6 +65,14 @@ class InputReader(ABC):
     def can_be_read_again(self) -> bool:
         """Whether the original can be read by another start."""
         return True
+
+
+def missing_package(what: str, package: str, extra: str) -> UsageError:
+    """Return the error that says which package a kind of file needs."""
+    return UsageError(
+        f"{what} needs the Python package {package}, which is not installed: "
+        f"pip install 'dispatcher[{extra}]', or {package}"
+    )
 
 
 def without_waiting(make: Callable[[], Iterator[bytes]], stop: CopyStop) -> Iterator[bytes]:
