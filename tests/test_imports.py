@@ -32,6 +32,8 @@ FLOORS = [
     ("dispatcher.service", 3),
     ("dispatcher.runs.cli", 5),
     ("dispatcher.runs", 3),
+    ("dispatcher.export.cli", 5),
+    ("dispatcher.export", 3),
     ("dispatcher.slurm.cli", 5),
     ("dispatcher.slurm", 3),
     ("dispatcher.server.cli", 5),

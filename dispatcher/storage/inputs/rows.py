@@ -29,6 +29,9 @@ from dispatcher.storage.inputs.reader import BLOCK_BYTES
 
 Convert = Callable[[Any], Any]
 
+JSON_TEXT = {b"dispatcher": b"json"}
+"""What says of a column that its text is JSON (dispatcher/export): it is put in as such."""
+
 _EPOCH = datetime.datetime(1970, 1, 1)
 _DAY_ZERO = _EPOCH.date().toordinal()
 _PER_SECOND = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
@@ -50,7 +53,7 @@ class RowEncoder:
         self._converts = [
             (field.name, convert)
             for field in schema
-            if (convert := _convert_of(field.type)) is not None
+            if (convert := _convert_of_field(field)) is not None
         ]
 
     def lines(self, table: Any) -> Iterator[bytes]:
@@ -145,6 +148,23 @@ def _cast_column(column: Any, kind: Any) -> Any:
 # -------------------------------------------------------------------- what is converted after
 
 
+def _convert_of_field(field: Any) -> Convert | None:
+    import pyarrow as pa
+
+    found = dict(field.metadata or {})
+    if JSON_TEXT.items() <= found.items() and pa.types.is_string(field.type):
+        return _json
+    return _convert_of(field.type)
+
+
+def _json(text: str) -> Any:
+    try:
+        msgspec.json.decode(text)
+    except msgspec.MsgspecError:
+        return text  # somebody wrote into it since
+    return msgspec.Raw(text.encode())
+
+
 def _convert_of(kind: Any) -> Convert | None:
     """Return what makes JSON of a value that is not null; None when it is JSON as it is."""
     import pyarrow as pa
@@ -169,9 +189,9 @@ def _convert_of(kind: Any) -> Convert | None:
     if types.is_map(kind):
         return _maps(_convert_of(kind.key_type), _convert_of(kind.item_type))
     if types.is_struct(kind):
-        return _structs({f.name: c for f in kind if (c := _convert_of(f.type)) is not None})
+        return _structs({f.name: c for f in kind if (c := _convert_of_field(f)) is not None})
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return _lists(_convert_of(kind.value_type))
+        return _lists(_convert_of_field(kind.value_field))
     return None
 
 
