@@ -17,7 +17,7 @@ import pytest
 from dispatcher.storage.files import Files
 from dispatcher.storage.run_state import load_run_file
 from tests.faults.oracle import Ledger
-from tests.support.kinds import write_gzip, write_parquet, write_zstd
+from tests.support.kinds import save_data_set, write_gzip, write_parquet, write_zstd
 from tests.support.processes import ROOT, Process, kill_tree, running, wait_until
 
 pytestmark = pytest.mark.slow
@@ -71,7 +71,11 @@ class Run:
     def _start(self, *command: str | Path) -> Process:
         # Standard input is what the shell finds in `pipe`, if there is one.
         script = 'if [ -p pipe ]; then exec "$@" < pipe; else exec "$@"; fi'
-        env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        env = {
+            "PYTHONPATH": str(ROOT),
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(self.directory / "hf"),
+        }
         return Process("sh", "-c", script, "sh", *command, cwd=self.directory, env=env)
 
     @property
@@ -132,11 +136,24 @@ def parquet_directory(directory: Path) -> list[str]:
     return [data.name]
 
 
+def saved_data_set(directory: Path) -> list[str]:
+    return [save_data_set(directory / "set", train=rows(), test=rows()[:2]).name]
+
+
+def streamed_data_set(directory: Path) -> list[str]:
+    (files := directory / "files").mkdir()
+    (files / "train.jsonl").write_bytes(lines())
+    (files / "test.jsonl").write_bytes(lines()[:300])
+    return ["hf:./files", "--input-split", "train", "--input-streaming"]
+
+
 KINDS: list[Callable[[Path], list[str]]] = [
     gzip_file,
     zstd_file,
     parquet_file,
     parquet_directory,
+    saved_data_set,
+    streamed_data_set,
 ]
 
 

@@ -168,9 +168,9 @@ def _check_complete_input(settings: RunSettings, before: dict[str, Any]) -> None
         source = LineSource(settings.infile, settings.max_line_bytes)
         check_input(settings, before, source.fingerprint())
         source.close()
-    elif reader.has_cheap_fingerprint:
-        origin = origin_now(reader) or {}
-        check_input(settings, before, {**before, "kind": "", "original": {}, **origin})
+    else:
+        origin = origin_now(reader, {"original": before.get("original", {})}) or {}
+        check_input(settings, before, {**before, **origin})
 
 
 def _check_nothing_is_missing(settings: RunSettings, run_file: dict[str, Any]) -> None:

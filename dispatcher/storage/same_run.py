@@ -33,7 +33,13 @@ def check_input(settings: RunSettings, before: dict[str, Any], now: dict[str, An
     )
 
 
-_PARTS = (("subset", "its subset"), ("split", "its split"), ("files", "the number of its files"))
+_PARTS = (
+    ("name", "its name"),
+    ("subset", "its subset"),
+    ("split", "its split"),
+    ("revision", "its revision"),
+    ("files", "the number of its files"),
+)
 
 
 def _input_change(before: dict[str, Any], now: dict[str, Any]) -> str:

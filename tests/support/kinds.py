@@ -40,4 +40,14 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
+def save_data_set(directory: Path, **splits: list[dict[str, Any]]) -> Path:
+    """Save a data set to a directory: of one split named `alone`, without a name."""
+    import datasets
+
+    made = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+    alone = made.get("alone")
+    (alone if alone is not None else datasets.DatasetDict(made)).save_to_disk(str(directory))
+    return directory
+
+
 COMPRESSED: dict[str, Callable[[Path, bytes], Path]] = {"gzip": write_gzip, "zstd": write_zstd}

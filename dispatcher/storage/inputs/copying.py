@@ -105,13 +105,15 @@ def copy_input(
         files.close(fd)
 
 
-def origin_now(reader: InputReader) -> dict[str, Any] | None:
-    """Return what a run keeps of an original; None for one that is read once. Raises StorageError.
+def origin_now(reader: InputReader, before: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Return what a run keeps of an original, and compares when it is started again.
 
-    It is compared when the run is started again.
+    None for one that is read once. With `before`, what was kept, no other machine is asked.
+    Raises UsageError, StorageError.
     """
     try:
-        original = reader.fingerprint()
+        known = (before or {}).get("original")
+        original = reader.fingerprint() if known is None else reader.fingerprint_beside(known)
     except OSError as error:
         where = error.filename or reader.name
         raise StorageError(f"cannot read the input {where}: {error.strerror or error}") from error

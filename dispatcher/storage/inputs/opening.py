@@ -10,6 +10,7 @@ from dispatcher.errors import UsageError
 from dispatcher.input_options import InputOptions, is_data_set, is_standard_input
 from dispatcher.storage.inputs.compressed import GzipReader, ZstdReader
 from dispatcher.storage.inputs.copying import Copying, copy_input, origin_now, origin_of_copy
+from dispatcher.storage.inputs.data_sets import DataSetReader, was_saved
 from dispatcher.storage.inputs.parquet import SUFFIX, ParquetReader, parquet_files
 from dispatcher.storage.inputs.pipe import PipeReader
 from dispatcher.storage.inputs.reader import InputReader
@@ -37,12 +38,14 @@ def reader_of(path: Path, options: InputOptions | None = None) -> InputReader | 
     options = options or InputOptions()
     if is_standard_input(path):
         return PipeReader(path)
+    if is_data_set(path):
+        return DataSetReader(path, options)
     try:
         path.stat()
     except OSError as error:
         raise UsageError(f"cannot read the input {path}: {error.strerror}") from error
     if path.is_dir():
-        return _reader_of_directory(path)
+        return _reader_of_directory(path, options)
     if path.is_file():
         by_suffix = _BY_SUFFIX.get(path.suffix.lower()) if is_plain_file(path) else None
         return by_suffix(path) if by_suffix is not None else None
@@ -73,10 +76,9 @@ def open_source(
     reader = reader_of(path, options)
     if reader is None:
         return LineSource(path, max_line_bytes)
-    if has_copy and is_begun and not reader.has_cheap_fingerprint:
-        return LineSource(spool, max_line_bytes, origin_of_copy(state_dir, copying.files))
-    origin = origin_now(reader)
-    if not has_copy or (not is_begun and origin != origin_of_copy(state_dir, copying.files)):
+    kept = origin_of_copy(state_dir, copying.files) if has_copy else None
+    origin = origin_now(reader, kept if is_begun else None)
+    if not has_copy or (not is_begun and origin != kept):
         copy_input(reader, state_dir, origin, copying)
     return LineSource(spool, max_line_bytes, origin)
 
@@ -88,8 +90,15 @@ def is_there(path: Path) -> bool:
     return is_data_set(path) or is_plain_file(path) or path.is_dir()
 
 
-def _reader_of_directory(path: Path) -> InputReader:
+def _reader_of_directory(path: Path, options: InputOptions) -> InputReader:
+    if was_saved(path):
+        return DataSetReader(path, options)
     if parquet_files(path):
+        if options.subset or options.split:
+            raise UsageError(
+                f"--input-subset and --input-split go with a data set; of the directory {path} all "
+                f"files are read, but hf:{path} is taken for a data set"
+            )
         return ParquetReader(path)
     raise UsageError(
         f"the input {path} is a directory, and neither holds .parquet files nor was made by "

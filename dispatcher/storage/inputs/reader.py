@@ -56,10 +56,9 @@ class InputReader(ABC):
         """Return which share of the original has been read, 0 to 1, if that can be told."""
         return None
 
-    @property
-    def has_cheap_fingerprint(self) -> bool:
-        """Whether the original can be looked at without asking another machine."""
-        return True
+    def fingerprint_beside(self, before: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the fingerprint to compare with one of before, without asking other machines."""
+        return self.fingerprint()
 
     @property
     def can_be_read_again(self) -> bool:
