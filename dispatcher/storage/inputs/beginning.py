@@ -54,7 +54,8 @@ def beginning_of(
                 size += len(block)
                 share = reader.share_read()
                 if lines >= least_lines and size >= least_bytes:
-                    is_whole = next(blocks, None) is None
+                    # A pipe may have nothing more for hours.
+                    is_whole = reader.can_be_read_again and next(blocks, None) is None
                     break
             if not is_whole:
                 file.truncate(last_end)

@@ -66,7 +66,9 @@ class DataSetReader(InputReader):
 
     def blocks(self, stop: CopyStop) -> Iterator[bytes]:
         """Yield the rows as lines."""
-        return without_waiting(lambda: in_blocks(self._lines()), stop)
+        for block in without_waiting(lambda: in_blocks(self._lines()), stop):
+            self._rows_read += block.count(b"\n")
+            yield block
 
     def share_read(self) -> float | None:
         """Return which share of the rows has been read."""
@@ -87,7 +89,6 @@ class DataSetReader(InputReader):
                     schema = table.schema
                     encoder = RowEncoder(schema, self.name)
                 yield from encoder.lines(table)
-                self._rows_read += table.num_rows
         except (DispatcherError, GeneratorExit):
             raise
         except Exception as error:  # what reads the files of others may raise anything

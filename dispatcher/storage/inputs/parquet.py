@@ -25,7 +25,7 @@ class ParquetReader(InputReader):
         self.name = str(path)
         self._path = path
         self._files = parquet_files(path) if path.is_dir() else [path]
-        self._rows = self._rows_read = 0
+        self._rows = self._rows_decoded = self._rows_read = 0
 
     def fingerprint(self) -> dict[str, Any]:
         """Return that of the file, or of all files."""
@@ -35,7 +35,9 @@ class ParquetReader(InputReader):
 
     def blocks(self, stop: CopyStop) -> Iterator[bytes]:
         """Yield the rows as lines, some hundred at a time in memory."""
-        return in_blocks(self._lines(stop))
+        for block in in_blocks(self._lines(stop)):
+            self._rows_read += block.count(b"\n")
+            yield block
 
     def share_read(self) -> float | None:
         """Return which share of the rows has been read."""
@@ -51,7 +53,7 @@ class ParquetReader(InputReader):
                 for batch in self._batches(path, file):
                     stop.check()
                     yield from encoder.lines(batch)
-                    self._rows_read += batch.num_rows
+                    self._rows_decoded += batch.num_rows
             finally:
                 file.close()
 
@@ -73,7 +75,7 @@ class ParquetReader(InputReader):
         """Return what to raise instead: pyarrow has OSError without a number for damage, too."""
         if isinstance(error, OSError) and error.errno is not None:
             return error
-        after = f" after {self._rows_read:,} rows" if self._rows_read else ""
+        after = f" after {self._rows_decoded:,} rows" if self._rows_decoded else ""
         why = " ".join(str(error).split()).rstrip(".")
         return UsageError(
             f"the input {path} cannot be read as Parquet{after}: {why}; name it by what it is, or "
