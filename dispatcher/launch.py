@@ -87,6 +87,8 @@ examples:
   dispatcher run --task my_tasks.py:MyTask --input prompts.jsonl --output answers.jsonl \\
       --model org/model --task-arg temperature=0
   dispatcher run --task my_tasks.py:MyTask --input prompts.jsonl --preview 3 --model org/model
+  dispatcher run --task my_tasks.py:MyTask --input hf:./questions --input-split test \\
+      --output answers.jsonl --model org/model
   dispatcher run --resume answers.jsonl.dispatch       # go on, from any directory
   dispatcher run --config run.yaml --task-managers 8   # options from a file, eight GPUs
 

@@ -193,4 +193,4 @@ def test_a_missing_package_is_named_with_its_extra(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'dispatcher[datasets]'" in refusal_of("hf:org/name")
+    assert "pip install datasets" in refusal_of("hf:org/name")

@@ -69,8 +69,8 @@ class InputReader(ABC):
 def missing_package(what: str, package: str, extra: str) -> UsageError:
     """Return the error that says which package a kind of file needs."""
     return UsageError(
-        f"{what} needs the Python package {package}, which is not installed: "
-        f"pip install 'dispatcher[{extra}]', or {package}"
+        f"{what} needs the Python package {package}, which is not installed: pip install {package} "
+        f"(or Dispatcher with its extra {extra})"
     )
 
 
