@@ -57,6 +57,7 @@ from dispatcher.run_command import (
 from dispatcher.run_facts import clock, facts_of_summary
 from dispatcher.server_file import TOKEN_VARIABLE, server_file_in
 from dispatcher.storage.files import Files
+from dispatcher.storage.inputs.pipe import CLOSED
 from dispatcher.storage.run_state import PARTIAL_SPOOL_FILE, SPOOL_FILE, load_run_file
 from dispatcher.taskmanager.backend.gpus import slice_environment
 from dispatcher.taskmanager.backend.making import check_keys, gpus_needed
@@ -186,8 +187,10 @@ def _check(start: Start) -> list[dict[str, str]]:
     check_copied(start, args.input)
     has_copy = (state_dir / SPOOL_FILE).exists()
     if is_standard_input(args.input):
+        if not has_copy and sys.__stdin__ is None:
+            raise UsageError(CLOSED)
         if not has_copy and os.isatty(0):
-            raise UsageError("--input - is standard input, but that is a terminal; name a file")
+            raise UsageError("the input - is standard input, but that is a terminal; name a file")
     elif not (args.input.exists() or is_data_set(args.input) or has_copy):
         raise UsageError(f"cannot read the input {args.input}: there is no such file")
     if args.input.is_char_device() or args.input.absolute().is_relative_to("/dev"):
@@ -284,7 +287,8 @@ class LocalRun:
         self._server = Child(
             "the server", self._server_argv(), self._log("server"), handed.environment
         )
-        self._server.reads_input = is_standard_input(args.input)
+        has_copy = (self._state_dir / SPOOL_FILE).exists()
+        self._server.reads_input = is_standard_input(args.input) and not has_copy
         self._workers: list[Child] = []
         self._client: AsyncWorkClient | None = None
         self._status: dict[str, Any] = {}

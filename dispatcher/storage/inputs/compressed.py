@@ -126,7 +126,8 @@ def zstd_decoder(what: str) -> tuple[Callable[[], Any], type[Exception]]:
     if sys.version_info >= (3, 14):
         from compression import zstd
 
-        return zstd.ZstdDecompressor, zstd.ZstdError
+        options = {zstd.DecompressionParameter.window_log_max: 31}
+        return lambda: zstd.ZstdDecompressor(options=options), zstd.ZstdError
     try:
         import zstandard
     except ImportError as error:

@@ -13,6 +13,7 @@ from dispatcher.errors import UsageError
 from dispatcher.input_options import is_standard_input
 from dispatcher.storage.inputs.reader import BLOCK_BYTES, CopyStop, InputReader
 
+CLOSED = "the input - is standard input, but that is closed; write lines to it, or name a file"
 _LOOK_EVERY_MS = 200
 
 
@@ -58,12 +59,12 @@ class PipeReader(InputReader):
         if not is_standard_input(self._path):
             # Or the opening would wait for a writer, whatever happens meanwhile.
             return os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if sys.__stdin__ is None:
+            raise UsageError(CLOSED)
         try:
-            fd = os.dup(sys.__stdin__.fileno() if sys.__stdin__ is not None else 0)
+            fd = os.dup(sys.__stdin__.fileno())
         except (OSError, ValueError) as error:
-            raise UsageError(
-                "--input - is standard input, but that is closed; write lines to it, or name a file"
-            ) from error
+            raise UsageError(CLOSED) from error
         if stat.S_ISDIR(os.fstat(fd).st_mode):
             os.close(fd)
             raise UsageError("standard input is a directory; write lines to it, or name a file")
