@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from dispatcher.errors import StateError
 from dispatcher.input_options import InputOptions
 from dispatcher.runs.cli import main
-from dispatcher.storage.inputs import rows
+from dispatcher.storage.inputs import opening, rows
 from tests.support.kinds import save_data_set, write_gzip, write_parquet, write_zstd
 from tests.test_runs_command import carry_out, fails_at, good, settings_of
 
@@ -71,6 +72,38 @@ def test_failed_lines_are_read_again_from_the_original(
 
 
 @KINDS
+def test_a_complete_run_is_not_copied_again_but_a_changed_original_is_told(
+    make: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path)
+    settings = settings_of(tmp_path, "run", path)
+    if make is data_set:
+        settings = replace(settings, input_options=InputOptions(split="dev"))
+    carry_out(settings, good)
+    state = {entry.name for entry in settings.state_dir.iterdir()}
+
+    def copy(*_: object) -> None:
+        raise AssertionError("it was copied again")
+
+    monkeypatch.setattr(opening, "copy_input", copy)
+    carry_out(settings, good)
+    assert {entry.name for entry in settings.state_dir.iterdir()} == state
+    if make is data_set:
+        with pytest.raises(StateError, match="its split"):
+            carry_out(replace(settings, input_options=InputOptions(split="test")), good)
+    change(path)
+    with pytest.raises(StateError, match="its content changed"):
+        carry_out(settings, good)
+
+
+def change(path: Path) -> None:
+    changed = next(path.rglob("*.arrow")) if path.is_dir() else path
+    content = bytearray(changed.read_bytes())
+    content[-10] ^= 1
+    changed.write_bytes(content)
+
+
+@KINDS
 def test_an_original_that_changed_is_refused(
     make: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,10 +112,7 @@ def test_an_original_that_changed_is_refused(
     if make is data_set:
         settings = replace(settings, input_options=InputOptions(split="dev"))
     carry_out(settings, fails_at(3))
-    changed = next(path.rglob("*.arrow")) if path.is_dir() else path
-    content = bytearray(changed.read_bytes())
-    content[-10] ^= 1
-    changed.write_bytes(content)
+    change(path)
 
     assert main([str(settings.state_dir), "--failed-to", str(tmp_path / "again.jsonl")]) == 1
     assert "kind or content changed" in capsys.readouterr().err
