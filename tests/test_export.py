@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from dispatcher.errors import DispatcherError
 from dispatcher.export.cli import main
 from dispatcher.export.exporting import Wish, export
+from dispatcher.export.lines import OutputLines
 from dispatcher.storage.files import Files
 from tests.storage.test_inputs import text_of
 
@@ -225,6 +226,15 @@ def test_a_run_that_is_not_complete_is_exported_only_when_asked_to(
     assert "--partial" in said
     assert main([str(output), "--to", str(target), "--partial"]) == 0
     assert text_of(target) == b'{"id": 0}\n'
+
+
+def test_lines_that_are_written_meanwhile_are_in_neither_pass(tmp_path: Path) -> None:
+    output = complete_run(tmp_path, [{"id": 0}, {"id": 1}])
+    lines = OutputLines(output)
+    with output.open("a") as file:
+        file.write('{"id": 2}\n')
+    assert [[line.work_id for line in lines] for _ in range(2)] == [[0, 1], [0, 1]]
+    lines.close()
 
 
 def test_an_output_without_its_state_is_exported_only_when_asked_to(

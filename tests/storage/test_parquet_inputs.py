@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from dispatcher.errors import StateError, UsageError
 from dispatcher.storage.inputs.opening import reader_of
 from dispatcher.storage.inputs.reader import CopyStop
+from dispatcher.storage.inputs.rows import RowEncoder
 from tests.storage.test_inputs import RunSettings, check_input, opened, text_of
 
 UTC = datetime.UTC
@@ -88,6 +89,45 @@ def test_a_value_is_written_as_it_is_documented(
     values: list[Any], kind: pa.DataType, expected: list[Any], tmp_path: Path
 ) -> None:
     assert through_parquet(tmp_path, values, kind) == expected
+
+
+OTHERS = [
+    ([datetime.date(1969, 12, 31)], pa.date64(), ["1969-12-31"]),
+    ([datetime.timedelta(seconds=1)], pa.duration("s"), [1]),
+    ([[1, 2]], pa.list_(pa.timestamp("s"), 2), [["1970-01-01T00:00:01", "1970-01-01T00:00:02"]]),
+    ([[b"a"]], pa.large_list(pa.large_binary()), [["YQ=="]]),
+    ([{"a": datetime.time(1)}], pa.struct([("a", pa.time32("s"))]), [{"a": "01:00:00"}]),
+]
+
+
+@pytest.mark.parametrize(("values", "kind", "expected"), OTHERS, ids=[str(o[1]) for o in OTHERS])
+def test_types_that_parquet_changes_come_with_data_sets(
+    values: list[Any], kind: pa.DataType, expected: list[Any]
+) -> None:
+    table = pa.table({"x": pa.array(values, kind)})
+    (line,) = RowEncoder(table.schema, "a table").lines(table)
+    assert json.loads(line)["x"] == expected[0]
+
+
+class Label(pa.ExtensionType):
+    """A type of somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__(pa.timestamp("s"), "tests.label")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type: Any, serialized: bytes) -> Label:
+        return cls()
+
+
+def test_a_type_of_somebodys_own_is_what_it_is_stored_as() -> None:
+    stored = pa.array([0, None], pa.timestamp("s"))
+    table = pa.table({"x": pa.ExtensionArray.from_storage(Label(), stored)})
+    lines = list(RowEncoder(table.schema, "a table").lines(table))
+    assert lines == [b'{"x":"1970-01-01T00:00:00"}\n', b'{"x":null}\n']
 
 
 def test_columns_keep_their_order_and_missing_values_are_null(tmp_path: Path) -> None:
