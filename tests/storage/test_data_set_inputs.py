@@ -5,14 +5,16 @@ from __future__ import annotations
 import errno
 import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dispatcher.errors import StateError, StorageError, UsageError
+from dispatcher.errors import StartStoppedError, StateError, StorageError, UsageError
 from dispatcher.input_options import InputOptions, check_input_options
 from dispatcher.storage.inputs import data_sets
+from dispatcher.storage.inputs.copying import Copying
 from dispatcher.storage.inputs.opening import reader_of
 from dispatcher.storage.inputs.reader import CopyStop
 from tests.storage.test_inputs import RunSettings, check_input, opened
@@ -150,6 +152,22 @@ def test_the_hub_is_not_asked_again_for_what_was_copied(
             check_input(run, before, opened(place, state, options=options)[1])
     with pytest.raises(StateError, match="its name"):
         check_input(run, before, opened(Path("hf:org/other"), state)[1])
+
+
+def test_a_hub_that_does_not_answer_does_not_hold_up_a_stop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying, answers = Copying(), threading.Event()
+
+    def ask(_: Any) -> Builder:
+        copying.stop.set()
+        answers.wait(20)
+        return Builder("late")
+
+    monkeypatch.setattr(data_sets.DataSetReader, "_make_builder", ask)
+    with pytest.raises(StartStoppedError):
+        opened(Path("hf:org/name"), tmp_path / "state", copying=copying, is_begun=False)
+    answers.set()
 
 
 def test_a_hub_that_cannot_be_asked_is_said_in_a_sentence() -> None:

@@ -13,7 +13,7 @@ from dispatcher.storage.inputs.copying import Copying, copy_input, origin_now, o
 from dispatcher.storage.inputs.data_sets import DataSetReader, was_saved
 from dispatcher.storage.inputs.parquet import SUFFIX, ParquetReader, parquet_files
 from dispatcher.storage.inputs.pipe import PipeReader
-from dispatcher.storage.inputs.reader import InputReader
+from dispatcher.storage.inputs.reader import InputReader, without_waiting
 from dispatcher.storage.run_state import SPOOL_FILE
 from dispatcher.storage.source import LineSource
 
@@ -77,7 +77,9 @@ def open_source(
     if reader is None:
         return LineSource(path, max_line_bytes)
     kept = origin_of_copy(state_dir, copying.files) if has_copy else None
-    origin = origin_now(reader, kept if is_begun else None)
+    before = kept if is_begun else None
+    # Of a data set of the hub, which is asked over a network.
+    origin = next(without_waiting(lambda: iter([origin_now(reader, before)]), copying.stop))
     if not has_copy or (not is_begun and origin != kept):
         copy_input(reader, state_dir, origin, copying)
     return LineSource(spool, max_line_bytes, origin)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from dispatcher.errors import StartStoppedError, UsageError
+
+T = TypeVar("T")
 
 BLOCK_BYTES = 1 << 20
 
@@ -74,17 +76,17 @@ def missing_package(what: str, package: str, extra: str) -> UsageError:
     )
 
 
-def without_waiting(make: Callable[[], Iterator[bytes]], stop: CopyStop) -> Iterator[bytes]:
+def without_waiting(make: Callable[[], Iterator[T]], stop: CopyStop) -> Iterator[T]:
     """Yield from an iterator that may wait for a network, on a thread that nobody waits for."""
     room = threading.Semaphore(2)
     filled = threading.Semaphore(0)
-    handed: list[bytes | BaseException | None] = []
+    handed: list[tuple[T] | BaseException | None] = []
 
     def fill() -> None:
         try:
             for block in make():
                 room.acquire()
-                handed.append(block)
+                handed.append((block,))
                 filled.release()
             handed.append(None)
         except BaseException as error:  # noqa: BLE001 (raised where the blocks are taken)
@@ -96,13 +98,13 @@ def without_waiting(make: Callable[[], Iterator[bytes]], stop: CopyStop) -> Iter
         while not filled.acquire(timeout=_LOOK_EVERY_S):
             stop.check()
         stop.check()
-        block = handed.pop(0)
-        if block is None:
+        found = handed.pop(0)
+        if found is None:
             return
-        if isinstance(block, BaseException):
-            raise block
+        if isinstance(found, BaseException):
+            raise found
         room.release()
-        yield block
+        yield found[0]
 
 
 _LOOK_EVERY_S = 0.2
