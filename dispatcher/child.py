@@ -17,13 +17,14 @@ class Child:
     """One process of the run.
 
     `restarts` counts how often it was started again without the run getting on; `run_had` is how
-    far the run was the last time.
+    far the run was the last time. With `reads_input` it has this process's standard input.
     """
 
     name: str
     argv: list[str]
     log_path: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    reads_input: bool = False
     process: ServerProcess = field(init=False)
     restarts: int = 0
     run_had: int = 0
@@ -37,7 +38,10 @@ class Child:
         await self.process.start()
 
     def _make_process(self) -> ServerProcess:
-        return ServerProcess(self.name, self.argv, self.log_path, self.environment)
+        stdin_fd = 0 if self.reads_input else None
+        return ServerProcess(
+            self.name, self.argv, self.log_path, self.environment, stdin_fd=stdin_fd
+        )
 
     @property
     def stopped_by_itself(self) -> bool:

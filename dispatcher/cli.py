@@ -16,6 +16,7 @@ COMMANDS = {
     "task-run": ("dispatcher.taskmanager.cli", "run a task against a model server"),
     "watch": ("dispatcher.watch", "show how a run goes, from anywhere"),
     "runs": ("dispatcher.runs.cli", "list runs; what became of a line; failed lines out and in"),
+    "export": ("dispatcher.export.cli", "write a run's output as Parquet, or compressed"),
     "doctor": ("dispatcher.doctor.command", "check a set-up before a run, and say what to mend"),
     "slurm": ("dispatcher.slurm.cli", "submit a run to Slurm, look at its jobs, stop it"),
 }

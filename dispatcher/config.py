@@ -21,6 +21,7 @@ from dispatcher.core.failures import LEAST_LINES, NO_LIMIT, parse_failure_limit
 from dispatcher.core.work_queue import QueuePolicy
 from dispatcher.errors import UsageError
 from dispatcher.help_text import HelpFormatter
+from dispatcher.input_options import InputOptions, absolute_input, check_input_options
 
 NOT_IN_A_FILE = (
     *("--help", "--config", "--resume", "--accept-changes", "--accept-failures", "--unpause"),
@@ -57,6 +58,7 @@ class RunSettings:
     accept_failures: bool = False
     unpause: bool = False
     start: str = ""
+    input_options: InputOptions = field(default_factory=InputOptions)
 
 
 def default_state_dir(outfile: Path) -> Path:
@@ -254,6 +256,35 @@ def failure_limit(text: str) -> str:
     return text
 
 
+def add_input_options(group: argparse._ArgumentGroup) -> None:
+    """Add what says which part of a data set the input is."""
+    group.add_argument(
+        "--input-subset",
+        metavar="NAME",
+        help="data sets of Hugging Face: the subset (configuration), if there are several",
+    )
+    group.add_argument(
+        "--input-split",
+        metavar="NAME",
+        help="data sets of Hugging Face: the split (default: the only one, or train)",
+    )
+    group.add_argument(
+        "--input-streaming",
+        action="store_true",
+        help="data sets of Hugging Face: copy the rows as they are downloaded, without keeping "
+        "the files that they come in (default: no)",
+    )
+
+
+def input_options_of(args: argparse.Namespace, infile: Path) -> InputOptions:
+    """Return what says which part of a data set the input is. Raises UsageError."""
+    names = ("input_subset", "input_split", "input_streaming")
+    subset, split, streaming = (getattr(args, name, None) for name in names)
+    options = InputOptions(subset, split, bool(streaming))
+    check_input_options(infile, options)
+    return options
+
+
 def add_run_limits(parser: Parser) -> None:
     """Add the options every command that owns a run has: server, file mode and `run`."""
     group = parser.add_argument_group("limits")
@@ -361,10 +392,11 @@ def run_settings_of(
     outfile = outfile.absolute()
     state: Path | None = getattr(args, "state", None)
     return RunSettings(
-        infile=infile.absolute(),
+        infile=absolute_input(infile),
         outfile=outfile,
         state_dir=state.absolute() if state is not None else default_state_dir(outfile),
         policy=policy_of(args),
+        input_options=input_options_of(args, infile),
         retry_s=getattr(args, "retry", 300.0),
         max_line_bytes=args.max_line_bytes,
         command=command,

@@ -18,6 +18,7 @@ DispatcherError                 exit code 1
 │   │   └── AuthenticationError   it refused the API key (401)
 │   └── QuotaExhaustedError     exit code 3: its quota is used up; go on when there is more
 ├── RunPausedError              exit code 3: more lines failed than --max-failures allows
+├── StartStoppedError           exit code 3: a signal came before the run was open
 ├── ServerLostError             exit code 5: the dispatcher server stayed away too long
 ├── SlurmError                  one of Slurm's commands is missing, refused or did not answer
 └── TaskError                   raised by tasks, caught where a task is run
@@ -129,6 +130,12 @@ class QuotaExhaustedError(BackendError):
 
 class RunPausedError(DispatcherError):
     """More lines failed than may, and nobody is there to be asked: what is done stays."""
+
+    exit_code = ExitCode.STOPPED
+
+
+class StartStoppedError(DispatcherError):
+    """A signal ended the command before its run was open, while its input was copied say."""
 
     exit_code = ExitCode.STOPPED
 

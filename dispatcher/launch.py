@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import shlex
 import signal
 import sys
@@ -24,6 +25,7 @@ from dispatcher.child import Child
 from dispatcher.client import AsyncWorkClient
 from dispatcher.config import (
     Parser,
+    add_input_options,
     add_run_limits,
     argv_of,
     default_state_dir,
@@ -37,6 +39,7 @@ from dispatcher.errors import (
     QuotaExhaustedError,
     UsageError,
 )
+from dispatcher.input_options import INPUT_HELP, input_path, is_data_set, is_standard_input
 from dispatcher.pause_notes import PauseNotes
 from dispatcher.preview.command import add_preview_options, preview
 from dispatcher.progress import Display, LogDisplay, make_display, model_lines
@@ -46,6 +49,7 @@ from dispatcher.run_command import (
     Handed,
     Start,
     add_resume_options,
+    check_copied,
     handing_over,
     note_start,
     read_start,
@@ -54,7 +58,8 @@ from dispatcher.run_command import (
 from dispatcher.run_facts import clock, facts_of_summary
 from dispatcher.server_file import TOKEN_VARIABLE, server_file_in
 from dispatcher.storage.files import Files
-from dispatcher.storage.run_state import SPOOL_FILE, load_run_file
+from dispatcher.storage.inputs.pipe import CLOSED
+from dispatcher.storage.run_state import PARTIAL_SPOOL_FILE, SPOOL_FILE, load_run_file
 from dispatcher.taskmanager.backend.gpus import slice_environment
 from dispatcher.taskmanager.backend.making import check_keys, gpus_needed
 from dispatcher.taskmanager.backend.options import add_backend_options, sections_of
@@ -71,6 +76,7 @@ _STATUS_TIMEOUT_S = 5.0
 _RESTARTS = 3
 _RESTART_DELAY_S = 1.0
 _SERVER_READY_S = 120.0
+_LOOK_EVERY_S = 5.0
 _WORKERS_STOP_S = 3.0
 _SERVER_STOP_S = 1.5
 _READY = r"dispatcher-server: (?:run \S+ at (http\S+)|(the run is complete))"
@@ -80,6 +86,8 @@ examples:
   dispatcher run --task my_tasks.py:MyTask --input prompts.jsonl --output answers.jsonl \\
       --model org/model --task-arg temperature=0
   dispatcher run --task my_tasks.py:MyTask --input prompts.jsonl --preview 3 --model org/model
+  dispatcher run --task my_tasks.py:MyTask --input hf:./questions --input-split test \\
+      --output answers.jsonl --model org/model
   dispatcher run --resume answers.jsonl.dispatch       # go on, from any directory
   dispatcher run --config run.yaml --task-managers 8   # options from a file, eight GPUs
 
@@ -98,9 +106,8 @@ def build_parser() -> Parser:
     )
     add_task_options(parser)
     files = parser.add_argument_group("files")
-    files.add_argument(
-        "--input", type=Path, required=True, metavar="FILE", help="input, one item a line"
-    )
+    files.add_argument("--input", type=input_path, required=True, metavar="INPUT", help=INPUT_HELP)
+    add_input_options(files)
     files.add_argument(
         "--output", type=Path, metavar="FILE", help="output, one result a line; required to run"
     )
@@ -175,11 +182,21 @@ def _check(start: Start) -> list[dict[str, str]]:
         return []
     check_keys(backends, os.environ)
     state_dir = _state_dir_of(args)
-    if not args.input.exists() and not (state_dir / SPOOL_FILE).exists():
+    check_copied(start, args.input)
+    has_copy = (state_dir / SPOOL_FILE).exists()
+    if is_standard_input(args.input):
+        if not has_copy and sys.__stdin__ is None:
+            raise UsageError(CLOSED)
+        if not has_copy and os.isatty(0):
+            raise UsageError("the input - is standard input, but that is a terminal; name a file")
+    elif not (args.input.exists() or is_data_set(args.input) or has_copy):
         raise UsageError(f"cannot read the input {args.input}: there is no such file")
     if args.input.is_char_device() or args.input.absolute().is_relative_to("/dev"):
         # It is read by a server process whose standard input is not this command's.
-        raise UsageError(f"the input {args.input} is not a file; write it to one first")
+        raise UsageError(
+            f"the input {args.input} is not a file; give - for standard input, or write it to a "
+            "file first"
+        )
     return _slices(args.task_managers, gpus_needed(backends))
 
 
@@ -218,6 +235,8 @@ class LocalRun:
         self._server = Child(
             "the server", self._server_argv(), self._log("server"), handed.environment
         )
+        has_copy = (self._state_dir / SPOOL_FILE).exists()
+        self._server.reads_input = is_standard_input(args.input) and not has_copy
         self._workers: list[Child] = []
         self._client: AsyncWorkClient | None = None
         self._status: dict[str, Any] = {}
@@ -254,16 +273,34 @@ class LocalRun:
         """Start the server; return whether there is work, which there is not after the end."""
         await self._server.start()
         try:
-            ready = await self._server.process.wait_for_line(_READY, _SERVER_READY_S)
+            ready = await self._server_is_ready()
         except BackendError as error:
             code = self._server.process.exit_code
             failure = DispatcherError(self._server.last_words())
-            failure.exit_code = ExitCode(code) if code in (1, 2) else ExitCode.ERROR
+            failure.exit_code = ExitCode(code) if code in (1, 2, 3) else ExitCode.ERROR
             raise failure from error
+        self._server.reads_input = False  # all of it is in the state directory
         # Should it die and be started again, failures and pauses since this start count.
         once = (ACCEPT_FAILURES, UNPAUSE)
         self._server.argv = [word for word in self._server.argv if word not in once]
         return ready[1] is not None
+
+    async def _server_is_ready(self) -> re.Match[str]:
+        """Return what the server says when it serves; copying its input may take it hours."""
+        partial = self._state_dir / PARTIAL_SPOOL_FILE
+        until = time.monotonic() + _SERVER_READY_S
+        while True:
+            try:
+                return await self._server.process.wait_for_line(_READY, _LOOK_EVERY_S)
+            except BackendError:
+                if self._server.process.exit_code is not None:
+                    raise
+                if partial.exists():
+                    size = partial.stat().st_size if partial.exists() else 0
+                    self._display.note(f"copying the input: {size / 2**20:,.0f} MiB so far")
+                    until = time.monotonic() + _SERVER_READY_S
+                elif time.monotonic() > until:
+                    raise
 
     async def _start_workers(self) -> None:
         for number_ in range(self._args.task_managers):
@@ -406,6 +443,7 @@ class LocalRun:
         limits = Parser(add_help=False)
         add_run_limits(limits)
         logs.add_log_options(limits)
+        add_input_options(limits.add_argument_group("files"))
         files = [f"--infile={self._args.input}", f"--outfile={self._args.output}"]
         command = [sys.executable, "-m", "dispatcher.server", *files]
         return [

@@ -26,10 +26,17 @@ import yaml
 from dispatcher import __version__
 from dispatcher.config import Parser, RunSettings, absolute_spec, default_state_dir, parse
 from dispatcher.errors import UsageError
+from dispatcher.input_options import absolute_input, is_standard_input
 from dispatcher.storage import run_state
 from dispatcher.storage.files import Files
 from dispatcher.storage.opening import utc_now
-from dispatcher.storage.run_state import RUN_FILE, STARTING, load_run_file, make_state_dir
+from dispatcher.storage.run_state import (
+    RUN_FILE,
+    SPOOL_FILE,
+    STARTING,
+    load_run_file,
+    make_state_dir,
+)
 
 LOCAL_RUN = "dispatcher run"
 SERVER = "dispatcher-server"
@@ -41,6 +48,7 @@ _OF_ONE_START = {
     *("preview", "preview_full"),
 }
 _OF_THE_TASK = {"task", "task_arg", "task_args"}
+_INPUTS = ("input", "infile")
 _NOT_OPTIONS = _OF_ONE_START | _OF_THE_TASK
 _PACKAGES = ("vllm", "aiohttp", "msgspec", "openai")
 _SECRET_WORD = re.compile(
@@ -150,6 +158,20 @@ def read_start(
             file=sys.stderr,
         )
     return Start(program, args, options, left_out + missed, directory, before)
+
+
+def check_copied(start: Start, infile: Path) -> None:
+    """Refuse to go on with standard input whose copy was not finished. Raises UsageError.
+
+    What a resumed command has for standard input is hardly the same, and mostly nothing.
+    """
+    if not start.before or start.is_complete or not is_standard_input(infile):
+        return
+    if not (Path(start.args.state) / SPOOL_FILE).exists():
+        raise UsageError(
+            f"the run in {start.args.state} was stopped before all of standard input was copied; "
+            "give its whole command again, with the whole input"
+        )
 
 
 def note_start(settings: RunSettings) -> None:
@@ -323,7 +345,7 @@ def _enter(recorded: object, current: str) -> str:
 def _make_paths_absolute(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if isinstance(value, Path):
-            setattr(args, name, value.absolute())
+            setattr(args, name, absolute_input(value) if name in _INPUTS else value.absolute())
     if isinstance(getattr(args, "task", None), str):
         args.task = absolute_spec(args.task)
 
@@ -343,6 +365,9 @@ def _recorded_options(parser: Parser, args: argparse.Namespace) -> tuple[dict[st
     for dest, name in [*named.items(), *((name, name) for name in parser.sections)]:
         value = getattr(args, dest)
         if value is None and dest in parser.sections:
+            continue
+        if dest in _INPUTS and isinstance(value, Path):
+            options[dest] = str(absolute_input(value))
             continue
         options[dest], secrets = _cleaned(value)
         left_out += [f"{secret} of {name}" for secret in secrets]

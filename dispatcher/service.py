@@ -38,6 +38,7 @@ from dispatcher.error_lines import refused_line, tombstone
 from dispatcher.errors import (
     CorruptJournalError,
     DispatcherError,
+    StartStoppedError,
     StateError,
     StorageError,
     StorageFullError,
@@ -60,6 +61,7 @@ from dispatcher.models import (
 )
 from dispatcher.spool_intake import SpoolIntake
 from dispatcher.storage.files import Files
+from dispatcher.storage.inputs.reader import CopyStop
 from dispatcher.storage.journal import last_epoch
 from dispatcher.storage.opening import OpenRun, open_run, utc_now
 from dispatcher.storage.ownership import REFRESH_S, Ownership
@@ -147,6 +149,7 @@ class DispatchService:
         self._ownership = ownership or Ownership(settings.state_dir, self._files)
         self._writer: RunWriter | None = None
         self._source: LineSource | None = None
+        self._copy_stop = CopyStop()
         self._lines: deque[InputLine] = deque()
         self._write_thread = make_thread("journal")
         self._read_thread = make_thread("input")
@@ -178,7 +181,8 @@ class DispatchService:
     async def start(self) -> None:
         """Make the run ours, read what is on disk, and go on from there.
 
-        When another process had the run and may still live, this takes up to half a minute.
+        When another process had the run and may still live, this takes up to half a minute; when
+        the input has to be copied, as long as that takes. May be cancelled.
         Raises UsageError, StateError or StorageError with what to do about it.
         """
         try:
@@ -261,8 +265,17 @@ class DispatchService:
         self._tasks = [asyncio.create_task(self._guard(self._confirm_forever()))]
 
     async def _open_taken(self) -> OpenRun:
+        opening = asyncio.ensure_future(self._in_writer(self._open))
         try:
-            return await self._in_writer(self._open)
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            self._copy_stop.set()
+            await asyncio.wait([opening])  # or it would write on when the run is another's
+            if opening.exception() is None:
+                await self._in_writer(opening.result().close)
+            raise
+        except StartStoppedError as stopped:
+            raise self.failure or stopped from None
         except StateError:
             # What looks like damage may be the work of another process that took over meanwhile.
             await self._in_claim_thread(self._ownership.confirm)
@@ -270,7 +283,7 @@ class DispatchService:
 
     def _open(self) -> OpenRun:
         owner, now = self._ownership, self._clock.now()
-        return open_run(self.settings, self._files, owner.epoch, now, owner)
+        return open_run(self.settings, self._files, owner.epoch, now, owner, self._copy_stop)
 
     # ---------------------------------------------------------------- verbs
 
@@ -878,6 +891,7 @@ class DispatchService:
 
     def _stop(self, failure: DispatcherError) -> None:
         self.failure = self.failure or failure  # the first one is the cause of the others
+        self._copy_stop.set()
         for waiting in (self._writing, self._batch_done):
             if waiting is not None:
                 _fail(waiting, self.failure)

@@ -18,6 +18,7 @@ import msgspec
 from dispatcher import fakellm, launch, watch
 from dispatcher.doctor import command as doctor
 from dispatcher.errors import ExitCode
+from dispatcher.export import cli as export
 from dispatcher.help_text import HelpFormatter
 from dispatcher.runs import cli as runs
 from dispatcher.server import cli as server
@@ -52,6 +53,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         "dispatcher doctor": doctor.build_parser(),
         "dispatcher watch": watch.build_parser(),
         "dispatcher runs": runs.build_parser(),
+        "dispatcher export": export.build_parser(),
     }
     found |= {f"dispatcher slurm {name}": parser for name, parser in slurm.parsers().items()}
     found["python -m dispatcher.fakellm"] = fakellm.build_parser()

@@ -83,6 +83,10 @@ add_option() {
 
 # start_server: starts the run's server beside this script, on the job's first node.
 start_server() {
+    if [ "$INPUT" = - ]; then
+        say "INPUT=-: a job has no standard input; write the lines to a file"
+        exit 2
+    fi
     announced_before=$(cat "$STATE/server.json" 2>/dev/null)
     command=(python3 -m dispatcher.server --infile "$INPUT" --outfile "$OUTPUT" --state "$STATE")
     command+=(--host 0.0.0.0 --port 0)

@@ -114,6 +114,7 @@ keep_caches_here() {
 # container_prefix: sets `prefix` to what runs a command inside of CONTAINER.
 container_prefix() {
     local runtime=${CONTAINER_RUNTIME:-} gpu=${CONTAINER_GPU:-} place words=()
+    local input=${INPUT:-.}
     if [ -z "$runtime" ]; then
         runtime=$(command -v apptainer || command -v singularity) ||
             fail "CONTAINER=$CONTAINER, but neither apptainer nor singularity is on PATH; name" \
@@ -125,7 +126,7 @@ container_prefix() {
         if [ -e "$devices/kfd" ]; then gpu=--rocm; fi
     fi
     case $gpu in --nv | --rocm) prefix+=("$gpu") ;; esac
-    for place in "$project" "$PWD" "$(dirname "${INPUT:-.}")" "$(dirname "${OUTPUT:-.}")" \
+    for place in "$project" "$PWD" "$(dirname "${input#hf:}")" "$(dirname "${OUTPUT:-.}")" \
         "$(dirname "${STATE:-.}")" "${MODEL:-}" "${HF_HOME:-}" "${CACHE_DIR:-}"; do
         [ ! -d "$place" ] || prefix+=(--bind "$(cd "$place" && pwd)")
     done

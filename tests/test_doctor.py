@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -197,12 +198,32 @@ def test_of_a_large_input_beginning_middle_and_end_are_looked_at(
     assert sample.lines_in_all == pytest.approx(9000, rel=0.02)
 
 
-def test_a_compressed_input_is_recognised(tmp_path: Path) -> None:
-    path = tmp_path / "in.gz"
-    path.write_bytes(b"\x1f\x8b" + b"\0" * 50)
+def test_a_compressed_input_that_is_not_named_so_is_a_problem(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(gzip.compress(b'{"a": 1}\n'))
     finding, sample = check_input(path, LIMIT)
-    assert (finding.status, sample) == ("ok", None)
+    assert (finding.status, sample) == ("problem", None)
     assert "gzip" in finding.found
+    assert ".gz" in finding.fix
+
+
+def test_the_beginning_of_a_compressed_input_is_looked_at(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl.gz"
+    line = json.dumps({"word": "x" * 100}).encode() + b"\n"
+    path.write_bytes(gzip.compress(line * 200 + b"broken\n"))
+    finding, sample = check_input(path, LIMIT)
+    assert finding.status == "warning"
+    assert "(gzip), 201 lines" in finding.found
+    assert sample is not None
+    assert sample.first is not None
+    assert sample.copied_bytes == len(line) * 200 + 7
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_standard_input_is_not_looked_at(tmp_path: Path) -> None:
+    finding, sample = check_input(Path("-"), LIMIT)
+    assert (finding.status, sample) == ("ok", None)
+    assert "not looked at" in finding.found
 
 
 # --- where it writes ------------------------------------------------------------------------

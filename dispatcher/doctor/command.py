@@ -14,7 +14,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from dispatcher.config import Parser, add_run_limits, default_state_dir, number, parse
+from dispatcher.config import (
+    Parser,
+    add_input_options,
+    add_run_limits,
+    default_state_dir,
+    input_options_of,
+    number,
+    parse,
+)
 from dispatcher.doctor.finding import Finding, problem
 from dispatcher.doctor.lines import Sample, check_input
 from dispatcher.doctor.machine import check_gpus, check_open_files, check_versions
@@ -33,6 +41,7 @@ from dispatcher.doctor.places import (
 from dispatcher.doctor.server import check_server
 from dispatcher.doctor.task import check_task
 from dispatcher.errors import DispatcherError, ExitCode
+from dispatcher.input_options import INPUT_HELP, input_path
 from dispatcher.server_file import token_given
 from dispatcher.taskmanager.backend.making import check_keys, gpus_needed
 from dispatcher.taskmanager.backend.options import add_backend_options
@@ -62,7 +71,10 @@ def build_parser() -> Parser:
     )
     add_task_options(parser)
     files = parser.add_argument_group("files")
-    files.add_argument("--input", "--infile", type=Path, metavar="FILE", help="the run's input")
+    files.add_argument(
+        "--input", "--infile", type=input_path, metavar="INPUT", help=f"the run's {INPUT_HELP}"
+    )
+    add_input_options(files)
     files.add_argument("--output", "--outfile", type=Path, metavar="FILE", help="the run's output")
     files.add_argument(
         "--state", type=Path, metavar="DIR", help="state directory (default: OUTPUT.dispatch)"
@@ -168,7 +180,9 @@ class Examination:
         yield check_gpus(os.environ, self._gpus_wanted)
 
     def _input(self) -> list[Finding]:
-        finding, self._sample = check_input(self._args.input, self._args.max_line_bytes)
+        args = self._args
+        options = input_options_of(args, args.input)
+        finding, self._sample = check_input(args.input, args.max_line_bytes, options)
         return [finding]
 
     def _places(self) -> Iterator[Finding]:

@@ -3,46 +3,93 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dispatcher.doctor.finding import Finding, ok, problem, size_text, warning
-from dispatcher.storage.source import InputLine, LineSource, is_plain_file
+from dispatcher.input_options import InputOptions, is_standard_input
+from dispatcher.storage.inputs.beginning import Beginning, beginning_of
+from dispatcher.storage.inputs.opening import reader_of
+from dispatcher.storage.inputs.reader import InputReader
+from dispatcher.storage.source import InputLine, LineSource
 
 CHECK = "input"
 _WHOLE_BYTES = 4 << 20
 _PART_BYTES = 1 << 20
 _PART_LINES = 500
 _MANY_BAD = 0.2
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet"}
+_COMPRESSED = {
+    b"\x1f\x8b": ("gzip", ".gz"),
+    b"\x28\xb5\x2f\xfd": ("zstd", ".zst"),
+    b"PAR1": ("Parquet", ".parquet"),
+}
 _SHOWN_KEYS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What some lines of the input tell of all of it; `first` is the first that can be used."""
+    """What some lines of the input tell of all of it; `first` is the first that can be used.
 
-    size_bytes: int
+    `copied_bytes` is what a copy of it takes beside the state.
+    """
+
+    size_bytes: float
     lines_in_all: float
     is_whole: bool
     first: InputLine | None
+    copied_bytes: float = 0
 
 
-def check_input(path: Path, max_line_bytes: int) -> tuple[Finding, Sample | None]:
-    """Look at lines of the beginning, the middle and the end. Raises UsageError or StateError."""
-    if path.exists() and not is_plain_file(path) and not path.is_dir():
-        return ok(CHECK, f"{path} is no file, so it is not looked at; a run copies it first"), None
+def check_input(
+    path: Path, max_line_bytes: int, options: InputOptions | None = None
+) -> tuple[Finding, Sample | None]:
+    """Look at lines of the beginning, the middle and the end. Raises UsageError or StateError.
+
+    Of what cannot be read by offset only the beginning is looked at; what is read once is left.
+    """
+    reader = reader_of(path, replace(options or InputOptions(), streaming=True))
+    if reader is not None and not reader.can_be_read_again:
+        name = "standard input" if is_standard_input(path) else str(path)
+        return ok(CHECK, f"{name} is no file, so it is not looked at; a run copies it first"), None
+    if reader is not None:
+        with tempfile.TemporaryDirectory(prefix="dispatcher-doctor-") as directory:
+            return _look_at_beginning(reader, Path(directory), max_line_bytes)
     source = LineSource(path, max_line_bytes)
     try:
         with path.open("rb") as file:
             head = file.read(4)
-        for magic, kind in _COMPRESSED.items():
+        for magic, (kind, suffix) in _COMPRESSED.items():
             if head.startswith(magic):
-                said = f"{path} is {kind}, {size_text(source.size_bytes)}; its lines are not read"
-                return ok(CHECK, said, "dispatcher run --preview 3 shows some"), None
+                found = f"{path} is {kind} by its content, but read as lines, as it is no {suffix}"
+                return problem(CHECK, found, f"let its name end in {suffix}"), None
         return _look(source)
     finally:
         source.close()
+
+
+def _look_at_beginning(
+    reader: InputReader, directory: Path, max_line_bytes: int
+) -> tuple[Finding, Sample | None]:
+    with beginning_of(reader, directory, max_line_bytes, 1, _PART_BYTES) as part:
+        if not part.source.size_bytes:
+            return problem(CHECK, f"{reader.name} is empty", "name another"), None
+        lines = _read(part.source, 0, part.source.size_bytes)[:_PART_LINES]
+        read = sum(line.next_offset - line.offset for line in lines)
+        is_whole = part.is_whole and read == part.source.size_bytes
+        what = _part_text(reader, part, read, len(lines))
+        finding, sample = _judge(what, part.size_bytes, lines, is_whole)
+        copied = part.size_bytes or 0
+        return finding, replace(sample, copied_bytes=copied) if sample is not None else None
+
+
+def _part_text(reader: InputReader, part: Beginning, read: int, lines: int) -> str:
+    what = f"{reader.name} ({reader.kind})"
+    if part.size_bytes is None:
+        return what
+    about = "" if part.is_whole else "about "
+    in_all = lines * part.size_bytes / max(1, read)
+    return f"{what}, {about}{in_all:,.0f} lines, {size_text(part.size_bytes)} as JSON lines"
 
 
 def _look(source: LineSource) -> tuple[Finding, Sample | None]:
@@ -53,19 +100,31 @@ def _look(source: LineSource) -> tuple[Finding, Sample | None]:
     lines = [line for part in parts for line in part]
     read = sum(line.next_offset - line.offset for line in lines)
     in_all = len(lines) if is_whole else len(lines) * size / max(1, read)
+    about = "" if is_whole else "about "
+    what = f"{path}, {about}{in_all:,.0f} lines, {size_text(size)}"
+    return _judge(what, size, lines, is_whole, "beginning, middle and end")
+
+
+def _judge(
+    what: str,
+    size: float | None,
+    lines: list[InputLine],
+    is_whole: bool,
+    where: str = "the beginning",
+) -> tuple[Finding, Sample | None]:
+    read = sum(line.next_offset - line.offset for line in lines)
     bad = [(line, why) for line in lines if (why := _defect(line)) is not None]
     good = [line for line in lines if line.defect is None]
     usable = {line.offset for line in lines} - {line.offset for line, _ in bad}
     first = next((line for line in good if line.offset in usable), None)
-    sample = Sample(size, in_all, is_whole, first)
-    about = "" if is_whole else "about "
-    what = f"{path}, {about}{in_all:,.0f} lines, {size_text(size)}"
-    looked = "all of them" if is_whole else f"{len(lines):,} of beginning, middle and end"
+    in_all = len(lines) if is_whole or size is None else len(lines) * size / max(1, read)
+    sample = Sample(size or 0, in_all, is_whole, first)
+    looked = "all of them" if is_whole else f"{len(lines):,} of {where}"
     if not bad:
         return ok(CHECK, f"{what}; {looked} are JSON objects{_keys(first)}"), sample
     line, why = bad[0]
-    where = f"byte {line.offset:,}" + (" (the first line)" if line.offset == 0 else "")
-    found = f"{what}; {len(bad)} of {looked} cannot be used, as the one at {where}: {why}"
+    place = f"byte {line.offset:,}" + (" (the first line)" if line.offset == 0 else "")
+    found = f"{what}; {len(bad)} of {looked} cannot be used, as the one at {place}: {why}"
     if len(bad) > _MANY_BAD * len(lines):
         return problem(CHECK, found, "write one JSON object a line"), sample
     return warning(CHECK, found, "each such line becomes an __ERROR__ line"), sample

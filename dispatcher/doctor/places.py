@@ -236,9 +236,12 @@ def check_space(places: Places, sample: Sample | None, bytes_per_line: float | N
     expected = max(0.0, expected - written)
     # Results that wait for an earlier line are in the journal until it is done.
     found = f"{size_text(free)} free, about {size_text(expected)} of output to come ({basis})"
-    if free < expected + _STATE_BYTES:
+    state_bytes = _STATE_BYTES + sample.copied_bytes
+    if sample.copied_bytes:
+        found += f", {size_text(sample.copied_bytes)} for a copy of the input beside the state"
+    if free < expected + state_bytes:
         return problem("space", found, "make room, or put --output elsewhere")
-    if free < 2 * expected + _STATE_BYTES:
+    if free < 2 * expected + state_bytes:
         return warning(
             "space", found, "the journal may take as much again while a line holds the others up"
         )

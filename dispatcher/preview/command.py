@@ -11,20 +11,22 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import uvloop
 from rich.console import Console
 from rich.text import Text
 
-from dispatcher.config import Parser, number
+from dispatcher.config import Parser, input_options_of, number
 from dispatcher.errors import ExitCode, UsageError
 from dispatcher.preview.record import LineRecord
 from dispatcher.preview.source import PreviewSource, TimedBackend
 from dispatcher.preview.text import SHOWN_CHARACTERS, Row, Writer, summary
 from dispatcher.run_command import Start
-from dispatcher.storage.source import InputLine, LineSource, open_source
+from dispatcher.storage.inputs.beginning import beginning_of
+from dispatcher.storage.inputs.opening import reader_of
+from dispatcher.storage.source import InputLine, LineSource
 from dispatcher.taskmanager.backend.making import check_keys, make_backend
 from dispatcher.taskmanager.backend.reading import backends_of
 from dispatcher.taskmanager.backend.settings import Backends
@@ -55,7 +57,10 @@ def add_preview_options(parser: Parser) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """The first lines of an input, and how many it has in all, estimated unless `is_exact`."""
+    """The first lines of an input, and how many it has in all, estimated unless `is_exact`.
+
+    0 where nothing tells.
+    """
 
     lines: list[InputLine]
     in_all: float
@@ -81,14 +86,21 @@ def preview(start: Start) -> int:
 
 
 def _read(args: argparse.Namespace, directory: Path) -> Beginning:
-    source = open_source(args.input, directory, args.max_line_bytes)
-    try:
-        return _first_lines(source, args.preview)
-    finally:
-        source.close()
+    options = replace(input_options_of(args, args.input), streaming=True)
+    reader = reader_of(args.input, options)
+    if reader is None:
+        source = LineSource(args.input, args.max_line_bytes)
+        try:
+            return _first_lines(source, args.preview, source.size_bytes)
+        finally:
+            source.close()
+    with beginning_of(reader, directory, args.max_line_bytes, args.preview) as part:
+        return _first_lines(part.source, args.preview, part.size_bytes, is_part=not part.is_whole)
 
 
-def _first_lines(source: LineSource, count: int) -> Beginning:
+def _first_lines(
+    source: LineSource, count: int, size_bytes: float | None, *, is_part: bool = False
+) -> Beginning:
     lines: list[InputLine] = []
     offset = 0
     while len(lines) < count:
@@ -99,8 +111,8 @@ def _first_lines(source: LineSource, count: int) -> Beginning:
         offset = more[-1].next_offset
     if not lines:
         raise UsageError(f"the input {source.path} is empty; there is nothing to preview")
-    in_all = len(lines) * source.size_bytes / offset
-    return Beginning(lines, in_all, is_exact=offset >= source.size_bytes)
+    in_all = len(lines) * size_bytes / offset if size_bytes is not None else 0
+    return Beginning(lines, in_all, is_exact=offset >= source.size_bytes and not is_part)
 
 
 class _Printer:

@@ -17,9 +17,9 @@ import msgspec
 
 from dispatcher.errors import StateError, StorageError, UsageError
 from dispatcher.runs.found import FoundRun, quoted
+from dispatcher.runs.inputs import input_lines
 from dispatcher.runs.lines import LineReader, error_lines
 from dispatcher.storage.files import Files
-from dispatcher.storage.source import LineSource
 
 ORIGIN_SUFFIX = ".origin"
 _BUFFER_BYTES = 1 << 20
@@ -61,8 +61,8 @@ def write_failed(run: FoundRun, target: Path, kinds: Collection[str], files: Fil
         there = ", ".join(f"{kind} ({count})" for kind, count in sorted(found.kinds.items()))
         raise UsageError(f"no line failed with {' or '.join(sorted(kinds))}; there are: {there}")
     if found.work_ids:
-        _check_input(run)
-        _write(run, target, kinds, found.work_ids, files)
+        with input_lines(run, target.absolute().parent, files) as lines:
+            _write(run, lines, target, kinds, found.work_ids, files)
     return found
 
 
@@ -128,35 +128,21 @@ def _check_output(run: FoundRun) -> None:
         )
 
 
-def _check_input(run: FoundRun) -> None:
-    if not run.input.is_file():
-        raise StateError(
-            f"the input {run.input} of the run in {run.state_dir} is not a file (any more), so its "
-            "lines cannot be written; restore it (what came through a pipe is kept only until the "
-            "run is complete)"
-        )
-    source = LineSource(run.input, 1)
-    try:
-        same = source.fingerprint() == run.content.get("fingerprint")
-    finally:
-        source.close()
-    if not same:
-        raise StateError(
-            f"the input {run.input} is not the one that the run in {run.state_dir} began with: "
-            "its content changed; restore it"
-        )
-
-
 # -------------------------------------------------------------------- inside: writing
 
 
 def _write(
-    run: FoundRun, target: Path, kinds: Collection[str], work_ids: array[int], files: Files
+    run: FoundRun,
+    lines: Path,
+    target: Path,
+    kinds: Collection[str],
+    work_ids: array[int],
+    files: Files,
 ) -> None:
     partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
     try:
         try:
-            sha256 = _copy_lines(run.input, partial, work_ids)
+            sha256 = _copy_lines(lines, partial, work_ids)
             origin = Origin(
                 run.run_id,
                 os.fsencode(run.state_dir).decode("utf-8", "backslashreplace"),

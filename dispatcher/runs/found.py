@@ -51,8 +51,12 @@ class FoundRun:
     @property
     def input(self) -> Path:
         """The file that holds the input: the copy of one that could not be seeked."""
-        spool = self.state_dir / SPOOL_FILE
-        return spool if spool.exists() else self._path("input")
+        return self.state_dir / SPOOL_FILE if self.has_copy else self._path("input")
+
+    @property
+    def has_copy(self) -> bool:
+        """Whether the copy of an input that could not be read by offset is still there."""
+        return (self.state_dir / SPOOL_FILE).exists()
 
     @property
     def input_bytes(self) -> int:

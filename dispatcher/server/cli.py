@@ -19,12 +19,27 @@ from pathlib import Path
 import uvloop
 
 from dispatcher import logs
-from dispatcher.config import Parser, RunSettings, add_run_limits, number, run_settings_of
-from dispatcher.errors import DispatcherError, ExitCode, StorageError, UsageError
+from dispatcher.config import (
+    Parser,
+    RunSettings,
+    add_input_options,
+    add_run_limits,
+    number,
+    run_settings_of,
+)
+from dispatcher.errors import (
+    DispatcherError,
+    ExitCode,
+    StartStoppedError,
+    StorageError,
+    UsageError,
+)
+from dispatcher.input_options import INPUT_HELP, input_path
 from dispatcher.progress import LogDisplay
 from dispatcher.run_command import (
     SERVER,
     add_resume_options,
+    check_copied,
     note_start,
     read_start,
     resume_hint,
@@ -124,7 +139,8 @@ def build_parser() -> Parser:
         epilog=_EXAMPLES,
     )
     files = parser.add_argument_group("files")
-    files.add_argument("--infile", type=Path, required=True, help="input, one item a line")
+    files.add_argument("--infile", type=input_path, required=True, metavar="INPUT", help=INPUT_HELP)
+    add_input_options(files)
     files.add_argument("--outfile", type=Path, required=True, help="output, one result a line")
     files.add_argument(
         "--state", type=Path, metavar="DIR", help="state directory (default: OUTFILE.dispatch)"
@@ -222,6 +238,7 @@ def _read(argv: Sequence[str] | None) -> tuple[RunSettings, argparse.Namespace]:
     handed_over = take_handed_over()
     start = read_start(SERVER, build_parser(), argv, output="outfile")
     args = start.args
+    check_copied(start, args.infile)
     command, args.accept_changes = handed_over or (start.describe(), False)
     return run_settings_of(args, args.infile, args.outfile, command), args
 
@@ -260,7 +277,7 @@ async def serve(settings: RunSettings, network: Network, ownership: Ownership) -
     token = _token(settings, network)
     service = DispatchService(settings, ownership=ownership)
     try:
-        await service.start()
+        await _start(service, stop)
         admin_token = _admin_token(settings) if token is not None else None
         encryption = network.given_tls
         if network.speaks_tls and encryption is None:
@@ -285,6 +302,27 @@ async def serve(settings: RunSettings, network: Network, ownership: Ownership) -
             await stop_listening(runner)
     finally:
         await service.close()
+
+
+async def _start(service: DispatchService, stop: asyncio.Event) -> None:
+    """Start the service, unless a signal comes first: copying the input may take hours.
+
+    Raises what DispatchService.start does, and StartStoppedError.
+    """
+    starting = asyncio.ensure_future(service.start())
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not starting.done():
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+        program = (service.settings.command or {}).get("program", SERVER)
+        raise StartStoppedError(
+            "stopped before anything was handed out; go on with: "
+            f"{resume_hint(program, service.settings.state_dir)}"
+        )
+    await starting
 
 
 def _token(settings: RunSettings, network: Network) -> str | None:

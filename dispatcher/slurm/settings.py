@@ -16,6 +16,13 @@ from typing import Any
 
 from dispatcher.config import OwnList, Parser, absolute_spec, default_state_dir, number
 from dispatcher.errors import UsageError
+from dispatcher.input_options import (
+    absolute_input,
+    data_set_directory,
+    input_path,
+    is_data_set,
+    is_standard_input,
+)
 from dispatcher.slurm.render import SBATCH_OPTION
 
 RUN, SERVER, WORKERS = "run", "server", "workers"
@@ -61,7 +68,8 @@ _at_least_minus_1 = _checked(number(int, -1))
 _seconds = _checked(number(float, 0.001))
 
 _TASK = "module:Class or FILE.py:Class (default: that of examples/chat_task.py)"
-_INFILE = "input, one item a line (default: examples/data/prompts.jsonl)"
+_INFILE = """input, as dispatcher-server takes it, but for standard input; which part of a data
+    set: --server-args='--input-split test' (default: examples/data/prompts.jsonl)"""
 _STATE = "state directory, seen by all nodes (default: OUTFILE.dispatch)"
 _MODEL = "model, a name or a directory (default: the quick start's, on the CPU)"
 _BACKEND = f"one of {', '.join(_BACKENDS)} (default: vllm with --model, else local)"
@@ -109,7 +117,7 @@ SETTINGS = (
     Setting("--venv", "VENV", "DIR", _VENV),
 )
 
-_FILES = ("infile", "worker_config", "server_config")
+_FILES = ("worker_config", "server_config")
 _PATHS = (*_FILES, "outfile", "state", "venv")
 _NAMES_OR_PATHS = ("model", "container")
 _WORDS = ("worker_args", "server_args")
@@ -307,6 +315,8 @@ def _given(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str
         if text and hasattr(args, setting.dest):
             given[setting.dest] = text
     given.setdefault("outfile", _OUTFILE)
+    if "infile" in given:
+        given["infile"] = str(absolute_input(input_path(given["infile"])))
     for name, text in given.items():
         if name in _PATHS or (name in _NAMES_OR_PATHS and Path(text).exists()):
             given[name] = str(Path(text).absolute())
@@ -337,6 +347,8 @@ def check_files(settings: Settings, *, has_examples: bool) -> None:
             f"give --{missing[0]}: its default is an example, and those are in the repository "
             "only, not in the installed package"
         )
+    if "infile" in given:
+        _check_infile(Path(given["infile"]))
     for name in _FILES:
         if name in given and not Path(given[name]).is_file():
             raise UsageError(f"--{name.replace('_', '-')} {given[name]}: there is no such file")
@@ -347,6 +359,14 @@ def check_files(settings: Settings, *, has_examples: bool) -> None:
         raise UsageError(
             f"--outfile {settings.outfile}: there is no directory {settings.outfile.parent}"
         )
+
+
+def _check_infile(infile: Path) -> None:
+    if is_standard_input(infile):
+        raise UsageError("--infile -: a job has no standard input; write the lines to a file")
+    directory = data_set_directory(infile) if is_data_set(infile) else infile
+    if directory is not None and not directory.exists():
+        raise UsageError(f"--infile {infile}: there is no such file")
 
 
 def _named(words: Iterable[str]) -> Iterable[tuple[str, str]]:

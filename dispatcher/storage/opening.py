@@ -15,11 +15,14 @@ from dispatcher.core.events import Counters, QueueState
 from dispatcher.core.work_queue import WorkQueue
 from dispatcher.errors import StateError
 from dispatcher.storage.files import Files
+from dispatcher.storage.inputs.copying import Copying, origin_now
+from dispatcher.storage.inputs.opening import input_kind, is_there, open_source, reader_of
+from dispatcher.storage.inputs.reader import CopyStop
 from dispatcher.storage.journal import JOURNAL_DIR
 from dispatcher.storage.records import RunHeader
 from dispatcher.storage.run_state import STARTING, load_run_file, save_run_file
 from dispatcher.storage.same_run import check_command, check_input, check_output, going_on, shown
-from dispatcher.storage.source import LineSource, is_plain_file, open_source
+from dispatcher.storage.source import LineSource
 from dispatcher.storage.writer import SOLE_OWNER, Owner, RunWriter
 
 
@@ -38,11 +41,24 @@ class OpenRun:
     run_file: dict[str, Any]
     is_complete: bool = False
 
+    def close(self) -> None:
+        """Close its files; nothing is written."""
+        self.writer.close()
+        if self.source is not None:
+            self.source.close()
+
 
 def open_run(
-    settings: RunSettings, files: Files, epoch: int, now: float, owner: Owner = SOLE_OWNER
+    settings: RunSettings,
+    files: Files,
+    epoch: int,
+    now: float,
+    owner: Owner = SOLE_OWNER,
+    stop: CopyStop | None = None,
 ) -> OpenRun:
     """Open the run that the settings describe; it is `owner`'s, with this epoch.
+
+    An input that has to be copied is; `stop` ends that.
 
     Raises UsageError, StateError or StorageError with what was found and what to do about it.
     """
@@ -52,9 +68,19 @@ def open_run(
     writer = RunWriter(settings.state_dir / JOURNAL_DIR, settings.outfile, files, owner)
     if run_file.get("state") == "complete":
         return _open_complete(settings, writer, run_file, epoch, now)
-    source = open_source(settings.infile, settings.state_dir, settings.max_line_bytes)
-    fingerprint = source.fingerprint()
     recovered = writer.read_journal(settings.policy, now)
+    if recovered is None:  # before an input is copied, which may take hours
+        _check_nothing_is_missing(settings, run_file)
+        _check_no_output(settings)
+    source = open_source(
+        settings.infile,
+        settings.state_dir,
+        settings.max_line_bytes,
+        settings.input_options,
+        Copying(stop or CopyStop(), owner.confirm, files),
+        is_begun=recovered is not None,
+    )
+    fingerprint = source.fingerprint()
     accepted: list[str] = []
     if recovered is not None:
         header = recovered.header
@@ -66,8 +92,6 @@ def open_run(
         queue = recovered.queue
         run_id = header.run_id
     else:
-        _check_nothing_is_missing(settings, run_file)
-        _check_no_output(settings)
         queue = WorkQueue(settings.policy)
         run_id = secrets.token_hex(8)
     described = describe(settings)
@@ -79,6 +103,7 @@ def open_run(
         "state": "running",
         "version": __version__,
         "started_at": run_file.get("started_at", utc_now()),
+        "input_kind": input_kind(settings.infile, fingerprint),
         "fingerprint": fingerprint,
         "settings": described,
         "command": going_on(run_file.get("command"), settings.command),
@@ -96,6 +121,7 @@ def describe(settings: RunSettings) -> dict[str, Any]:
     """Return the settings as run.yaml and the journal keep them."""
     return {
         "input": shown(settings.infile),
+        **{f"input_{name}": value for name, value in settings.input_options.given().items()},
         "output": shown(settings.outfile),
         "state": shown(settings.state_dir),
         "retry_s": settings.retry_s,
@@ -122,10 +148,7 @@ def _open_complete(
             f"{settings.state_dir} says that its run is complete, but {settings.outfile} is not "
             "the output it wrote; restore the output, or remove the state directory to start anew"
         )
-    if is_plain_file(settings.infile):  # a pipe is not read a second time
-        source = LineSource(settings.infile, settings.max_line_bytes)
-        check_input(settings, run_file.get("fingerprint", {}), source.fingerprint())
-        source.close()
+    _check_complete_input(settings, run_file.get("fingerprint", {}))
     writer.remove_journal()  # a process that died after writing run.yaml left it behind
     queue = WorkQueue(settings.policy)
     counters = msgspec.convert(run_file.get("summary", {}), Counters)
@@ -134,6 +157,20 @@ def _open_complete(
     queue.end_of_input()
     run_id = str(run_file.get("run", ""))
     return OpenRun(run_id, epoch, queue, None, writer, run_file, is_complete=True)
+
+
+def _check_complete_input(settings: RunSettings, before: dict[str, Any]) -> None:
+    """Compare the input with the one that was answered, where that can be done by a look."""
+    if not is_there(settings.infile):
+        return  # what is read once is not read a second time
+    reader = reader_of(settings.infile, settings.input_options)
+    if reader is None:
+        source = LineSource(settings.infile, settings.max_line_bytes)
+        check_input(settings, before, source.fingerprint())
+        source.close()
+    else:
+        origin = origin_now(reader, {"original": before.get("original", {})}) or {}
+        check_input(settings, before, {**before, **origin})
 
 
 def _check_nothing_is_missing(settings: RunSettings, run_file: dict[str, Any]) -> None:

@@ -22,6 +22,9 @@ STARTING = "starting"
 
 SPOOL_FILE = "input.spool"
 PARTIAL_SPOOL_FILE = "input.partial"
+SPOOL_ORIGIN_FILE = "input.origin"
+"""The copy of an input that cannot be read by offset, while it is made, and what it was made of."""
+
 _LOCK_FILE = "lock"
 
 
@@ -106,7 +109,7 @@ def remove_intermediate(state_dir: Path, epoch: int, files: Files) -> None:
 
     What is left behind costs room but does no harm, so that a failure is no error.
     """
-    names = [SPOOL_FILE, PARTIAL_SPOOL_FILE]
+    names = [SPOOL_FILE, PARTIAL_SPOOL_FILE, SPOOL_ORIGIN_FILE]
     names += [name for name in files.names(state_dir) if name.startswith(f".{RUN_FILE}.")]
     with contextlib.suppress(OSError):
         for name in names:

@@ -26,13 +26,35 @@ def check_input(settings: RunSettings, before: dict[str, Any], now: dict[str, An
     """Raise StateError when the input's fingerprint is another one now."""
     if before == now:
         return
-    changed = "its content"
-    if before.get("size") != now["size"]:
-        changed = f"its size ({before.get('size')} bytes then, {now['size']} now)"
     raise StateError(
-        f"the input {settings.infile} is not the one this run began with: {changed} changed; "
-        "restore it, or start a new run with another --outfile"
+        f"the input {settings.infile} is not the one this run began with: "
+        f"{_input_change(before, now)} changed; restore it, or start a new run with another "
+        "--outfile"
     )
+
+
+_PARTS = (
+    ("name", "its name"),
+    ("subset", "its subset"),
+    ("split", "its split"),
+    ("revision", "its revision"),
+    ("files", "the number of its files"),
+)
+
+
+def _input_change(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return what of an input is another, in words."""
+    if before.get("kind") != now.get("kind"):
+        kinds = [fingerprint.get("kind", "plain lines") for fingerprint in (before, now)]
+        return f"its kind ({kinds[0]} then, {kinds[1]} now)"
+    # Of a copy, what it was made of tells more than the copy.
+    old, new = before.get("original") or before, now.get("original") or now
+    for name, words in _PARTS:
+        if old.get(name) != new.get(name):
+            return f"{words} ({old.get(name)} then, {new.get(name)} now)"
+    if old.get("size") != new.get("size"):
+        return f"its size ({old.get('size')} bytes then, {new.get('size')} now)"
+    return "names or sizes of its files" if old.get("names") != new.get("names") else "its content"
 
 
 def check_output(settings: RunSettings, before: str | None, written_bytes: int) -> None:

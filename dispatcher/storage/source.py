@@ -7,23 +7,18 @@ opened, so that a file which grows meanwhile does not change the run. Positions 
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import msgspec
 
-from dispatcher.errors import StateError, StorageError, UsageError
-from dispatcher.storage.run_state import PARTIAL_SPOOL_FILE, SPOOL_FILE
+from dispatcher.errors import StateError, UsageError
+from dispatcher.storage.inputs.fingerprints import fingerprint_of
 
 _CHUNK_BYTES = 1 << 20
 _PLAIN_BYTES = 1 << 18
-_SAMPLE_BYTES = 1 << 16
-_SAMPLES = 16
-_OF_ONE_PROCESS = ("/dev/stdin", "/dev/fd", "/proc")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -41,11 +36,17 @@ class InputLine(msgspec.Struct, frozen=True, gc=False):
 
 
 class LineSource:
-    """A regular file of lines. Not thread-safe."""
+    """A regular file of lines. Not thread-safe.
 
-    def __init__(self, path: Path, max_line_bytes: int) -> None:
+    `origin` says of a copy what it was made of; it is part of the fingerprint.
+    """
+
+    def __init__(
+        self, path: Path, max_line_bytes: int, origin: dict[str, Any] | None = None
+    ) -> None:
         self.path = path
         self.max_line_bytes = max_line_bytes
+        self.origin = origin
         try:
             self._file: BinaryIO = path.open("rb", buffering=_CHUNK_BYTES)
         except OSError as error:
@@ -91,24 +92,11 @@ class LineSource:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return size and hashes by which a changed input is told; reads at most 1.2 MiB."""
-        last = max(0, self.size_bytes - _SAMPLE_BYTES)
-        middle = hashlib.blake2b(digest_size=16)
-        for number in range(1, _SAMPLES + 1):
-            middle.update(self._sample(self.size_bytes * number // (_SAMPLES + 1)))
-        return {
-            "size": self.size_bytes,
-            "head": hashlib.blake2b(self._sample(0), digest_size=16).hexdigest(),
-            "tail": hashlib.blake2b(self._sample(last), digest_size=16).hexdigest(),
-            "samples": middle.hexdigest(),
-        }
+        return fingerprint_of(self._file.fileno(), self.size_bytes) | (self.origin or {})
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
-
-    def _sample(self, offset: int) -> bytes:
-        length = min(_SAMPLE_BYTES, self.size_bytes - offset)
-        return os.pread(self._file.fileno(), max(0, length), offset)
 
     def _read_line(self, offset: int, max_bytes: int) -> InputLine:
         left = self.size_bytes - offset
@@ -147,38 +135,3 @@ class LineSource:
             if part.endswith(b"\n"):
                 break
         return offset
-
-
-def open_source(path: Path, state_dir: Path, max_line_bytes: int) -> LineSource:
-    """Open the input; what cannot be seeked (a pipe) is first copied into the state directory."""
-    spool = state_dir / SPOOL_FILE
-    if spool.exists() and not is_plain_file(path) and not path.is_dir():
-        return LineSource(spool, max_line_bytes)  # the pipe, and its writer, may be long gone
-    try:
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise UsageError(f"cannot read the input {path}: {error.strerror}") from error
-    if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
-        return LineSource(path, max_line_bytes)
-    try:
-        _copy(path, state_dir)
-    except OSError as error:
-        raise StorageError(
-            f"cannot copy the input {path} to {spool}: {error.strerror}; mend that, and start the "
-            "run again with the whole input"
-        ) from error
-    return LineSource(spool, max_line_bytes)
-
-
-def is_plain_file(path: Path) -> bool:
-    """Say whether the path names a file that another start finds again, unlike /dev/stdin."""
-    return path.is_file() and not any(map(path.is_relative_to, _OF_ONE_PROCESS))
-
-
-def _copy(pipe: Path, state_dir: Path) -> None:
-    partial = state_dir / PARTIAL_SPOOL_FILE
-    with pipe.open("rb") as source, partial.open("wb") as copy:
-        shutil.copyfileobj(source, copy, _CHUNK_BYTES)
-        copy.flush()
-        os.fsync(copy.fileno())
-    partial.rename(state_dir / SPOOL_FILE)

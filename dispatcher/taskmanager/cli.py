@@ -20,13 +20,21 @@ from typing import Any
 import uvloop
 
 from dispatcher import logs
-from dispatcher.config import Parser, add_run_limits, number, run_settings_of
+from dispatcher.config import (
+    Parser,
+    add_input_options,
+    add_run_limits,
+    number,
+    run_settings_of,
+)
 from dispatcher.errors import BackendRefusalError, DispatcherError, ExitCode, UsageError
+from dispatcher.input_options import INPUT_HELP, input_path
 from dispatcher.models import ModelStats, WorkerStats
 from dispatcher.run_command import (
     TASK_RUN,
     Start,
     add_resume_options,
+    check_copied,
     note_start,
     read_start,
     resume_hint,
@@ -106,7 +114,10 @@ def build_parser() -> Parser:
         "variable DISPATCHER_FINGERPRINT; without any, a server at https:// must have a "
         "certificate that this system trusts)",
     )
-    source.add_argument("--input", type=Path, metavar="FILE", help="file mode: input")
+    source.add_argument(
+        "--input", type=input_path, metavar="INPUT", help=f"file mode: {INPUT_HELP}"
+    )
+    add_input_options(source)
     source.add_argument("--output", type=Path, metavar="FILE", help="file mode: output")
     source.add_argument(
         "--state", type=Path, metavar="DIR", help="file mode: state (default: OUTPUT.dispatch)"
@@ -158,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         start = read_start(TASK_RUN, build_parser(), argv)
         logs.start_logging(start.args.log_format, with_content=start.args.log_content)
         backends = _check(start.args)
+        if start.args.input is not None:
+            check_copied(start, start.args.input)
         if not start.is_complete:
             check_keys(backends, os.environ)
         command = None if start.args.dispatcher is not None else describe_command(start)

@@ -14,7 +14,10 @@ GENERATED = ("docs/reference.md",)
 """Pages whose commands stand in the code and are looked at there."""
 
 _SHELL = ("", "bash", "sh", "console")
-_WORDS = ("dispatcher", "python", "bash", "sbatch", "curl", "export", "tail", "huggingface-cli")
+_WORDS = (
+    *("dispatcher", "python", "bash", "sbatch", "curl", "export", "tail", "zcat"),
+    "huggingface-cli",
+)
 _COMMAND = re.compile(rf"(?:[A-Z_]+=(?:\"[^\"]*\"|\S)+\s+)*(?:\S*/)?(?:{'|'.join(_WORDS)})\b")
 
 

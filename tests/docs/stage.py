@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tests.docs.blocks import commands_of, yaml_block
 from tests.slurm.cluster import free_ports
+from tests.support.kinds import write_gzip, write_parquet, write_zstd
 from tests.support.processes import ROOT, Process, running, wait_until
 
 LINES = 24
@@ -109,7 +110,11 @@ class Stage:
         commands = [each for each in commands if not each.startswith(tuple(ELSEWHERE))]
         has_run = "answers.jsonl" in text and not any(map(_MAKES_ANSWERS.search, commands))
         if has_run and not re.search("slurm|dispatcher watch", text):
-            self.leave_run(is_complete="--failed-to" in text, is_served="dispatcher-server" in text)
+            self.leave_run(
+                is_complete=bool(re.search("--failed-to|dispatcher export", text)),
+                has_failures="--failed-to" in text,
+                is_served="dispatcher-server" in text,
+            )
         ports = dict(zip(("8000", "8001"), map(str, free_ports(2)), strict=True))
         with ExitStack() as others:
             is_served = any(each.startswith("dispatcher-server ") for each in commands)
@@ -132,12 +137,14 @@ class Stage:
         assert code in (0, 4), f"{code}\n{shell.output}"
         return shell.output
 
-    def leave_run(self, *, is_complete: bool = False, is_served: bool = False) -> None:
-        """Have a run over the prompts, stopped halfway, or complete with lines that failed.
+    def leave_run(
+        self, *, is_complete: bool = False, has_failures: bool = False, is_served: bool = False
+    ) -> None:
+        """Have a run over the prompts, stopped halfway, or complete, with lines that failed or not.
 
         It was begun by `dispatcher run`, or by a server and a worker apart.
         """
-        share = 0.2 if is_complete else 0
+        share = 0.2 if has_failures else 0
         (self.directory / "faults.yaml").write_text(f"- {{share: {share}, status: 400}}\n")
         fake = "--task my_tasks.py:MyTask --backend fake --workers 2 "
         fake += "--fakellm-args='--rules faults.yaml --latency-s 0.1'"
@@ -149,7 +156,7 @@ class Stage:
                 wait_until(self._serves, "a server", 30)
             run = others.enter_context(self.process("bash", "-c", worker if is_served else whole))
             if is_complete:
-                assert run.wait(60) == 4, run.output
+                assert run.wait(60) == (4 if has_failures else 0), run.output
                 return
             wait_until(lambda: self._lines_written() >= 4, "a few answers", 60)
             run.stop()
@@ -201,6 +208,7 @@ def make_stage(directory: Path, cerebras_url: str, environ: Mapping[str, str]) -
     (directory / ".venv").symlink_to(sys.prefix)
     (directory / "my_tasks.py").write_text(MY_TASKS)
     (directory / "prompts.jsonl").write_text("".join(map(_prompt, range(LINES))))
+    _write_inputs(directory, (directory / "prompts.jsonl").read_bytes())
     (directory / "run.yaml").write_text(RUN_YAML)
     (directory / "limits.yaml").write_text(yaml_block("README.md", "models_to_run"))
     submitted = yaml_block("slurm/README.md", "# answers.yaml")
@@ -213,7 +221,19 @@ def make_stage(directory: Path, cerebras_url: str, environ: Mapping[str, str]) -
         (programs / name).chmod(0o755)
     path = f"{programs}:{Path(sys.executable).parent}:{environ['PATH']}"
     own = {"PATH": path, "CEREBRAS_BASE_URL": cerebras_url, "PYTHONPATH": str(ROOT)}
+    own |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(directory / "hf-home")}
     return Stage(directory, {**environ, **own})
+
+
+def _write_inputs(directory: Path, prompts: bytes) -> None:
+    """Write the prompts as every kind of input."""
+    write_gzip(directory, prompts).rename(directory / "prompts.jsonl.gz")
+    write_zstd(directory, prompts).rename(directory / "prompts.jsonl.zst")
+    rows = [json.loads(line) for line in prompts.splitlines()]
+    write_parquet(directory / "prompts.parquet", rows)
+    (directory / "questions").mkdir()
+    for split in ("train", "test"):
+        (directory / "questions" / f"{split}.jsonl").write_bytes(prompts)
 
 
 def _prompt(number: int) -> str:

@@ -118,6 +118,20 @@ def test_a_setting_reaches_the_script_as_it_was_given(value: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("hf:org/name", "hf:org/name"),
+        ("hf:/data/set", "hf:/data/set"),
+        ("hf:./set", "hf:{here}/set"),
+        ("data", "{here}/data"),
+    ],
+)
+def test_an_input_means_the_same_in_a_job(given: str, kept: str) -> None:
+    variables = settings_for("run", ["--infile", given]).variables
+    assert variables["INPUT"] == kept.format(here=Path.cwd())
+
+
+@pytest.mark.parametrize(
     ("option", "line"),
     [
         ("--mem=0", "#SBATCH --mem=0"),

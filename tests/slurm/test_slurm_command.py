@@ -226,6 +226,8 @@ def test_a_wrong_file_is_told(fake: Fake, refused: Any, content: str, words: str
     ("flags", "words"),
     [
         (["--infile", "nowhere.jsonl"], "nowhere.jsonl: there is no such file"),
+        (["--infile", "hf:./nowhere"], "nowhere: there is no such file"),
+        (["--infile", "-"], "a job has no standard input"),
         (["--task", "nowhere.py:Task"], "nowhere.py:Task: there is no file"),
         (["--outfile", "nowhere/out.jsonl"], "there is no directory"),
         (["--worker-config", "nowhere.yaml"], "--worker-config"),

@@ -440,7 +440,7 @@ def _one_source(infile: Path) -> Callable[..., LineSource]:
     source = LineSource(infile, 1 << 20)
     fingerprint = source.fingerprint()
     source.fingerprint = lambda: fingerprint  # type: ignore[method-assign]
-    return lambda *_: source
+    return lambda *_, **__: source
 
 
 def lived(settings: RunSettings, seed: int = SEED) -> Scenario:
@@ -731,7 +731,7 @@ def stalled(settings: RunSettings) -> Stalled:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "SEGMENT_BYTES", 4500)
         patch.setattr(writer, "SEGMENT_RESULTS", 1000)
-        patch.setattr(opening, "open_source", lambda *_: source)
+        patch.setattr(opening, "open_source", lambda *_, **__: source)
         disk = RecordingDisk()
         drive = Drive(settings, disk, epoch=1)
         drive.open_lines(len(lines))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from dispatcher.errors import StateError, UsageError
 from dispatcher.storage import source as source_module
-from dispatcher.storage.source import InputLine, LineSource, open_source
+from dispatcher.storage.inputs.opening import open_source
+from dispatcher.storage.source import InputLine, LineSource
 
 LIMIT = 1000
 

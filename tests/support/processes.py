@@ -184,3 +184,20 @@ def _state_dir(flags: Sequence[str | Path]) -> Path:
     given = dict(pairwise(flags))
     state = given.get("--state") or given.get("--checkpoint")
     return Path(state) if state else Path(f"{given['--outfile']}.dispatch")
+
+
+def kill_tree(process: Process) -> None:
+    """End a command and everything it started, in whatever session, at once (SIGKILL)."""
+    family = [process.pid]
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            parents[int(entry.name)] = int(
+                (entry / "stat").read_text().rpartition(") ")[2].split()[1]
+            )
+    for parent in family:
+        family += [child for child, its in parents.items() if its == parent]
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.kill()

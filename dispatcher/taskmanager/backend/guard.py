@@ -14,6 +14,9 @@ import subprocess
 import sys
 import time
 
+STDIN_OPTION = "--stdin-fd="
+"""Before COMMAND: a descriptor that this process inherited, to be the command's standard input."""
+
 _GRACE_S = 10.0
 _POLL_S = 0.1
 
@@ -24,7 +27,12 @@ def main() -> int:
     # The group gets the signal too; this process must outlive it to see the others end.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    child = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, preexec_fn=_restore_signals)
+    command, stdin = sys.argv[1:], subprocess.DEVNULL
+    if command[0].startswith(STDIN_OPTION):
+        stdin = int(command.pop(0).removeprefix(STDIN_OPTION))
+    child = subprocess.Popen(command, stdin=stdin, preexec_fn=_restore_signals)
+    if stdin != subprocess.DEVNULL:
+        os.close(stdin)  # the writer of a pipe is to notice when nobody reads it any more
     while (code := child.poll()) is None:
         readable, _, _ = select.select([owner], [], [], _POLL_S)
         if readable and not os.read(owner, 1):

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dispatcher.errors import BackendError
+from dispatcher.taskmanager.backend.guard import STDIN_OPTION
 
 _LAST_LINES = 20
 _SHOWN_LINES = 15
@@ -24,7 +25,8 @@ _READ_BYTES = 1 << 20
 class ServerProcess:
     """One server process and its children. `name` stands in messages, `log_path` gets its output.
 
-    Lines of it that match `noise` are not shown when it fails.
+    Lines of it that match `noise` are not shown when it fails. `stdin_fd` is what it has for
+    standard input (none: nothing).
     `backend/guard.py` runs in between and ends the group when this process dies.
     """
 
@@ -35,11 +37,13 @@ class ServerProcess:
         log_path: Path,
         env: Mapping[str, str],
         noise: str | None = None,
+        stdin_fd: int | None = None,
     ) -> None:
         self.name = name
         self.log_path = log_path
         self._command = list(command)
         self._env = dict(env)
+        self._stdin_fd = stdin_fd
         self._process: asyncio.subprocess.Process | None = None
         self._noise = re.compile(noise) if noise else None
         self._log_start = 0
@@ -52,13 +56,19 @@ class ServerProcess:
 
     async def start(self) -> None:
         """Launch it. Raises BackendError when it cannot be launched."""
-        guard = [sys.executable, "-m", "dispatcher.taskmanager.backend.guard", *self._command]
+        guard = [sys.executable, "-m", "dispatcher.taskmanager.backend.guard"]
+        # Where it has standard input: that of the guard is what ties it to this process.
+        handed = os.dup(self._stdin_fd) if self._stdin_fd is not None else None
+        if handed is not None:
+            guard.append(f"{STDIN_OPTION}{handed}")
         try:
             self.log_path.parent.mkdir(parents=True, exist_ok=True)
             with self.log_path.open("ab") as log:
                 self._log_start = log.tell()
                 self._process = await asyncio.create_subprocess_exec(
                     *guard,
+                    *self._command,
+                    pass_fds=() if handed is None else (handed,),
                     stdin=asyncio.subprocess.PIPE,
                     stdout=log,
                     stderr=log,
@@ -67,6 +77,9 @@ class ServerProcess:
                 )
         except OSError as error:
             raise BackendError(f"cannot launch {self.name}: {error}") from error
+        finally:
+            if handed is not None:
+                os.close(handed)
 
     async def wait_for_line(self, pattern: str, timeout_s: float) -> re.Match[str]:
         """Return the first match in its output. Raises BackendError when it ends before."""

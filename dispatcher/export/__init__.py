@@ -1,0 +1,1 @@
+"""`dispatcher export`: a run's output as Parquet or compressed."""

@@ -1,0 +1,83 @@
+"""The lines of an output that are exported, and what each says."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgspec
+
+from dispatcher.core.results import error_kind
+from dispatcher.errors import StateError, StorageError
+
+ERROR = "__ERROR__"
+_BUFFER_BYTES = 1 << 20
+_decode = msgspec.json.Decoder().decode
+
+
+@dataclass(frozen=True, slots=True)
+class OutputLine:
+    """One line, without its line end; `is_error` for one that is no answer."""
+
+    work_id: int
+    text: bytes
+    is_error: bool
+
+
+class OutputLines:
+    """The whole lines that an output had when it was opened, as often as they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: BinaryIO = path.open("rb", buffering=_BUFFER_BYTES)
+            self.size_bytes = os.fstat(self._file.fileno()).st_size
+        except OSError as error:
+            raise StorageError(f"cannot read the output {path}: {error.strerror}") from error
+
+    def __iter__(self) -> Iterator[OutputLine]:
+        """Yield the lines from the first on. Raises StorageError."""
+        left = self.size_bytes
+        try:
+            self._file.seek(0)
+            for work_id, line in enumerate(self._file):
+                left -= len(line)
+                if left < 0 or not line.endswith(b"\n"):
+                    return  # written since, or being written
+                yield OutputLine(work_id, line[:-1], bool(error_kind(line)))
+        except OSError as error:
+            raise StorageError(f"cannot read the output {self.path}: {error.strerror}") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def value_of(self, line: OutputLine) -> Any:
+        """Return what a line says. Raises StateError when it is no JSON.
+
+        What no file but JSON can hold, half of a surrogate pair, is replaced.
+        """
+        try:
+            return _decode(line.text)
+        except (msgspec.MsgspecError, RecursionError):
+            pass  # numbers beyond all bounds, half surrogates, or no JSON
+        try:
+            return _cleaned(json.loads(line.text))
+        except (ValueError, RecursionError) as error:
+            raise StateError(
+                f"line {line.work_id} of {self.path} is no JSON ({error}); restore the output"
+            ) from error
+
+
+def _cleaned(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [_cleaned(part) for part in value]
+    if isinstance(value, dict):
+        return {_cleaned(key): _cleaned(part) for key, part in value.items()}
+    return value

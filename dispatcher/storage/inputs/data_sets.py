@@ -1,0 +1,192 @@
+"""Data sets of Hugging Face: of the hub, made by save_to_disk, or files that load_dataset reads.
+
+Rows come as Arrow tables, so that they are JSON as those of Parquet are (rows.py): nothing is
+decoded, an image or a recording is an object with its bytes and its path.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dispatcher.errors import DispatcherError, StorageError, UsageError
+from dispatcher.input_options import HUB, InputOptions, data_set_directory, is_data_set
+from dispatcher.storage.inputs.fingerprints import fingerprint_of_files
+from dispatcher.storage.inputs.reader import (
+    CopyStop,
+    InputReader,
+    missing_package,
+    without_waiting,
+)
+from dispatcher.storage.inputs.rows import RowEncoder, in_blocks
+
+_BATCH_ROWS = 256
+_DEFAULT_SPLIT = "train"
+_DICT_FILE = "dataset_dict.json"
+_SET_FILES = ("state.json", "dataset_info.json")
+_SHOWN_CHARACTERS = 300
+
+
+def was_saved(directory: Path) -> bool:
+    """Say whether save_to_disk made this directory."""
+    return (directory / _DICT_FILE).is_file() or all(
+        (directory / name).is_file() for name in _SET_FILES
+    )
+
+
+class DataSetReader(InputReader):
+    """The rows of one split of a data set."""
+
+    kind = "datasets"
+
+    def __init__(self, path: Path, options: InputOptions) -> None:
+        self.name = str(path)
+        self._options = options
+        self._directory = data_set_directory(path) if is_data_set(path) else path
+        self._rows = self._rows_read = 0
+        self._made_builder: Any = None
+        if self._directory is not None and not self._directory.is_dir():
+            raise UsageError(
+                f"the input {path}: there is no directory {self._directory}; name one, or a data "
+                f"set of the hub as {HUB}NAME"
+            )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return that of the files; of a data set of the hub its revision, which it is asked."""
+        if self._directory is None:
+            return self._named() | {"revision": str(self._builder().hash)}
+        return fingerprint_of_files(self._directory, _files_in(self._directory)) | self._named()
+
+    def fingerprint_beside(self, before: dict[str, Any]) -> dict[str, Any]:
+        """Return the same without asking the hub: the revision that was copied is the run's."""
+        return self.fingerprint() if self._directory is not None else before | self._named()
+
+    def blocks(self, stop: CopyStop) -> Iterator[bytes]:
+        """Yield the rows as lines."""
+        for block in without_waiting(lambda: in_blocks(self._lines()), stop):
+            self._rows_read += block.count(b"\n")
+            yield block
+
+    def share_read(self) -> float | None:
+        """Return which share of the rows has been read."""
+        return min(1.0, self._rows_read / self._rows) if self._rows else None
+
+    def _named(self) -> dict[str, Any]:
+        named = {"subset": self._options.subset, "split": self._options.split}
+        return named if self._directory is not None else {"name": self.name, **named}
+
+    # ---------------------------------------------------------------- rows
+
+    def _lines(self) -> Iterator[bytes]:
+        encoder: RowEncoder | None = None
+        schema: Any = None
+        try:
+            for table in self._tables():
+                if encoder is None or table.schema != schema:  # of a stream, it may change
+                    schema = table.schema
+                    encoder = RowEncoder(schema, self.name)
+                yield from encoder.lines(table)
+        except (DispatcherError, GeneratorExit):
+            raise
+        except Exception as error:  # what reads the files of others may raise anything
+            raise self._failure(error) from error
+
+    def _tables(self) -> Iterator[Any]:
+        rows = self._load()
+        known = getattr(rows, "num_rows", None)
+        if known is None and rows.info.splits and rows.split in rows.info.splits:
+            known = rows.info.splits[rows.split].num_examples
+        self._rows = known or 0
+        yield from rows.with_format("arrow").iter(batch_size=_BATCH_ROWS)
+
+    def _load(self) -> Any:
+        if self._directory is not None and was_saved(self._directory):
+            return self._load_saved(self._directory)
+        builder = self._builder()
+        splits = [*(builder.info.splits or ()), *(builder.config.data_files or ())]
+        split = self._split_of(list(dict.fromkeys(map(str, splits))))
+        if self._options.streaming:
+            return builder.as_streaming_dataset(split=split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+    def _load_saved(self, directory: Path) -> Any:
+        datasets = _package(self.name)
+        if self._options.subset:
+            raise UsageError(f"{self.name} has no subsets; leave --input-subset out")
+        if not (directory / _DICT_FILE).is_file():
+            rows = datasets.load_from_disk(str(directory))
+            if self._options.split is not None:
+                self._split_of([str(rows.split)] if rows.split else [])
+            return rows
+        splits = json.loads((directory / _DICT_FILE).read_text())["splits"]
+        return datasets.load_from_disk(str(directory / self._split_of(splits)))
+
+    def _builder(self) -> Any:
+        """Return what prepares the rows, of one revision."""
+        if self._made_builder is None:
+            self._made_builder = self._make_builder()
+        return self._made_builder
+
+    def _make_builder(self) -> Any:
+        datasets = _package(self.name)
+        where = str(self._directory) if self._directory else self.name.removeprefix(HUB)
+        try:
+            return datasets.load_dataset_builder(where, name=self._options.subset)
+        except Exception as error:  # the hub's, the network's, or that of a file
+            raise self._failure(error) from error
+
+    def _split_of(self, splits: list[str]) -> str:
+        wanted = self._options.split
+        there = ", ".join(splits) or "no named ones"
+        if wanted is not None:
+            if wanted in splits or not splits:
+                return wanted
+            raise UsageError(f"{self.name} has no split {wanted!r}; there are: {there}")
+        if len(splits) == 1:
+            return splits[0]
+        if _DEFAULT_SPLIT in splits or not splits:
+            return _DEFAULT_SPLIT
+        raise UsageError(f"{self.name} has several splits: {there}; name one with --input-split")
+
+    def _failure(self, error: Exception) -> DispatcherError:
+        if isinstance(error, DispatcherError):
+            return error
+        said = " ".join(str(error).split())[:_SHOWN_CHARACTERS] or type(error).__name__
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StorageError(
+                f"the data set {self.name} cannot be downloaded: {said}; make room where HF_HOME "
+                "is, or give --input-streaming, which keeps no files there"
+            )
+        after = f" after {self._rows_read:,} rows" if self._rows_read else ""
+        if self._directory is not None:
+            return UsageError(
+                f"the data set {self.name} cannot be read{after}: {said}; mend its files, or name "
+                "one that load_dataset reads"
+            )
+        return UsageError(
+            f"the data set {self.name} cannot be read from the hub{after}: {said}; check its name "
+            f"and the network, or download it elsewhere and name its directory as {HUB}DIR"
+        )
+
+
+def _files_in(directory: Path) -> list[Path]:
+    """Return the files at any depth, without those that begin with a dot."""
+    found = []
+    for path in directory.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
+        if not hidden and path.is_file():
+            found.append(path)
+    return found
+
+
+def _package(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise missing_package(f"the data set {name}", "datasets", "datasets") from error
+    datasets.disable_progress_bars()
+    return datasets

@@ -1,0 +1,324 @@
+"""An output as Parquet or compressed: row i is line i, whatever the answers hold."""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import json
+import os
+import sys
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dispatcher.errors import DispatcherError
+from dispatcher.export.cli import main
+from dispatcher.export.exporting import Wish, export
+from dispatcher.export.lines import OutputLines
+from dispatcher.storage.files import Files
+from tests.storage.test_inputs import text_of
+
+ERROR = {"__ERROR__": {"error": "task_exception", "message": "x", "work_id": 1}}
+
+
+def complete_run(directory: Path, lines: list[Any], state: str = "complete") -> Path:
+    """Leave an output with the run.yaml of its run, and return it."""
+    output = directory / "out.jsonl"
+    text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    output.write_text(text)
+    state_dir = directory / "out.jsonl.dispatch"
+    state_dir.mkdir(exist_ok=True)
+    content = {
+        "run": "abc",
+        "state": state,
+        "output_bytes": output.stat().st_size,
+        "settings": {"output": str(output), "input": "in.jsonl", "state": str(state_dir)},
+        "command": {"program": "dispatcher run", "options": {}},
+    }
+    (state_dir / "run.yaml").write_text(yaml.safe_dump(content))
+    return output
+
+
+def to_parquet(directory: Path, lines: list[Any], *flags: str) -> pa.Table:
+    output = complete_run(directory, lines)
+    target = directory / "out.parquet"
+    assert main([str(output), "--to", str(target), "--force", *flags]) == 0
+    return pq.read_table(target)
+
+
+def type_of(field: pa.Field) -> str:
+    return str(field.type).replace("element:", "item:")  # as versions of pyarrow call it
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
+    code = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    assert code in (1, 2)
+    assert out == ""
+    assert err.count("\n") == 1, err
+    return err
+
+
+def test_answers_become_columns_of_their_types(tmp_path: Path) -> None:
+    rows = [
+        {"id": 0, "text": "a", "score": 1, "ok": True, "tags": ["x"], "in": {"n": 1}},
+        {"id": 1, "text": None, "score": 0.5, "ok": None, "tags": [], "in": {"n": None, "m": "y"}},
+    ]
+    table = to_parquet(tmp_path, rows)
+    assert {field.name: type_of(field) for field in table.schema} == {
+        "id": "int64",
+        "text": "string",
+        "score": "double",
+        "ok": "bool",
+        "tags": "list<item: string>",
+        "in": "struct<n: int64, m: string>",
+    }
+    assert table.to_pylist()[1] == rows[1]
+    assert table.to_pylist()[0]["in"] == {"n": 1, "m": None}
+
+
+def test_an_error_is_a_row_at_its_place(tmp_path: Path) -> None:
+    table = to_parquet(tmp_path, [{"id": 0}, ERROR, {"id": 2}])
+    assert table.column("id").to_pylist() == [0, None, 2]
+    texts = table.column("__ERROR__").to_pylist()
+    assert [text and json.loads(text) for text in texts] == [None, ERROR["__ERROR__"], None]
+
+
+def test_columns_come_and_go(tmp_path: Path) -> None:
+    table = to_parquet(tmp_path, [{"a": 1}, {"b": "x"}, {}, {"a": None, "c": []}])
+    assert table.to_pylist() == [
+        {"a": 1, "b": None, "c": None},
+        {"a": None, "b": "x", "c": None},
+        {"a": None, "b": None, "c": None},
+        {"a": None, "b": None, "c": []},
+    ]
+
+
+MIXED = [
+    ([1, "one", None], "text and whole numbers"),
+    ([True, 1], "truth values and whole numbers"),
+    ([[1], {"a": 1}], "lists and objects"),
+    ([{}, {}], "objects"),
+    ([2**63, -1], "whole numbers"),
+    ([2**64], "whole numbers"),
+    ([2**53 + 1, 0.5], "numbers and whole numbers"),
+    ([{str(n): n for n in range(1001)}], "objects"),
+]
+
+
+@pytest.mark.parametrize(("values", "kinds"), MIXED, ids=[kinds for _, kinds in MIXED])
+def test_what_no_column_can_hold_is_json_text_and_said_to_be(
+    values: list[Any], kinds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = to_parquet(tmp_path, [{"x": value} for value in values])
+    assert f"kept as JSON text: x ({kinds})" in capsys.readouterr().out
+    texts = table.column("x").to_pylist()
+    assert [text if text is None else json.loads(text) for text in texts] == values
+    back = [json.loads(line)["x"] for line in text_of(tmp_path / "out.parquet").splitlines()]
+    assert back == values
+
+
+def test_places_within_are_json_text_by_themselves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"a": {"b": [1, "x"], "c": 1}}, {"a": {"b": [], "c": 2}}, {"a": None}]
+    table = to_parquet(tmp_path, rows)
+    assert "a.b[] (text and whole numbers)" in capsys.readouterr().out
+    assert type_of(table.schema.field("a")) == "struct<b: list<item: string>, c: int64>"
+    assert [json.loads(line) for line in text_of(tmp_path / "out.parquet").splitlines()] == rows
+
+
+def test_odd_lines_are_exported_too(tmp_path: Path) -> None:
+    lines = ['{"a": "\\ud800x"}\n', "[1, 2]\n", '{"a": 1e400}\n', '{"a": 1, "a": "last"}\n']
+    table = to_parquet(tmp_path, lines)
+    assert table.num_rows == 4
+    assert table.column("__VALUE__").to_pylist()[1] == [1, 2]
+
+
+def test_an_empty_output_is_an_empty_table(tmp_path: Path) -> None:
+    assert to_parquet(tmp_path, []).num_rows == 0
+    assert text_of(tmp_path / "out.parquet") == b""
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(exclude_categories=["Cs"]), max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.text(st.characters(exclude_categories=["Cs"]), max_size=3), inner, max_size=3
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(rows=st.lists(st.dictionaries(st.sampled_from(["a", "b", "c"]), JSON), max_size=6))
+def test_every_answer_comes_back_as_it_was(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    to_parquet(tmp_path, rows)
+    back = [json.loads(line) for line in text_of(tmp_path / "out.parquet").splitlines()]
+    assert len(back) == len(rows)
+    assert [without_nulls(row) for row in back] == [without_nulls(row) for row in rows]
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value without keys that are null, which Parquet does not tell from missing ones."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if not is_nothing(v)}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def is_nothing(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(is_nothing, value.values())))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.zst", ".jsonl.gz", ".jsonl", ".JSONL.GZ"])
+def test_lines_are_byte_for_byte_those_of_the_output(suffix: str, tmp_path: Path) -> None:
+    output = complete_run(tmp_path, [{"id": 0, "t": "\u2028"}, ERROR, {"id": 2}])
+    target = tmp_path / f"out2{suffix}"
+    assert main([str(output.parent / "out.jsonl.dispatch"), "--to", str(target)]) == 0
+    packed = target.read_bytes()
+    if suffix.endswith("zst"):
+        packed = zstandard.ZstdDecompressor().decompressobj().decompress(packed)
+    elif suffix.lower().endswith("gz"):
+        packed = gzip.decompress(packed)
+    assert packed == output.read_bytes()
+    if suffix != ".jsonl":
+        assert text_of(target) == output.read_bytes()
+
+
+def test_errors_are_left_out_or_go_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [{"id": 0}, ERROR, {"id": 2}]
+    assert to_parquet(tmp_path, lines, "--skip-errors").to_pylist() == [{"id": 0}, {"id": 2}]
+    assert "1 lines are errors, which were left out" in capsys.readouterr().out
+    errors = tmp_path / "errors.jsonl"
+    table = to_parquet(tmp_path, lines, "--errors-to", str(errors))
+    assert table.column_names == ["id"]
+    assert json.loads(errors.read_text()) == {"work_id": 1, **ERROR}
+
+
+def test_a_run_that_is_not_complete_is_exported_only_when_asked_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}, '{"id": 1, "half'], "running")
+    target = tmp_path / "x.jsonl.gz"
+    said = refused(capsys, output, "--to", target)
+    assert "not complete" in said
+    assert "--resume" in said
+    assert "--partial" in said
+    assert main([str(output), "--to", str(target), "--partial"]) == 0
+    assert text_of(target) == b'{"id": 0}\n'
+
+
+def test_lines_that_are_written_meanwhile_are_in_neither_pass(tmp_path: Path) -> None:
+    output = complete_run(tmp_path, [{"id": 0}, {"id": 1}])
+    lines = OutputLines(output)
+    with output.open("a") as file:
+        file.write('{"id": 2}\n')
+    assert [[line.work_id for line in lines] for _ in range(2)] == [[0, 1], [0, 1]]
+    lines.close()
+
+
+def test_an_output_without_its_state_is_exported_only_when_asked_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (output := tmp_path / "alone.jsonl").write_text('{"a": 1}\n')
+    assert "--partial" in refused(capsys, output, "--to", tmp_path / "x.jsonl")
+    assert main([str(output), "--to", str(tmp_path / "x.jsonl"), "--partial"]) == 0
+
+
+def test_what_cannot_be_right_is_refused_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}])
+    (there := tmp_path / "there.parquet").write_text("precious")
+    assert "exists" in refused(capsys, output, "--to", there)
+    assert "no kind of file" in refused(capsys, output, "--to", tmp_path / "x.csv")
+    assert "the output itself" in refused(capsys, output, "--to", output, "--force")
+    assert "same file" in refused(
+        capsys, output, "--to", tmp_path / "x.jsonl", "--errors-to", tmp_path / "x.jsonl"
+    )
+    assert "JSON lines" in refused(
+        capsys, output, "--to", tmp_path / "x.jsonl", "--errors-to", tmp_path / "e.parquet"
+    )
+    assert "does not exist" in refused(capsys, tmp_path / "no", "--to", tmp_path / "x.jsonl")
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "directory" in refused(capsys, output, "--to", tmp_path / "folder.jsonl", "--force")
+    output.write_text('{"id": 0}\n{"id": 1}\n')
+    assert "is not the one" in refused(capsys, output, "--to", tmp_path / "x.jsonl")
+    assert there.read_text() == "precious"
+    left = {"out.jsonl", "out.jsonl.dispatch", "there.parquet", "folder.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_a_file_is_replaced_when_asked_to(tmp_path: Path) -> None:
+    output = complete_run(tmp_path, [{"id": 0}])
+    (there := tmp_path / "there.jsonl").write_text("old")
+    assert main([str(output), "--to", str(there), "--force"]) == 0
+    assert there.read_text() == '{"id": 0}\n'
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.zst", "x.jsonl.gz"])
+def test_a_disk_that_fails_leaves_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}])
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(DispatcherError, match="No space left on device; nothing was changed"):
+        export(output, Wish(tmp_path / name), Files(), lambda _: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.dispatch"}
+
+
+@pytest.mark.parametrize(
+    ("package", "name"), [("pyarrow", "x.parquet"), ("zstandard", "x.jsonl.zst")]
+)
+def test_a_missing_package_is_named(
+    package: str,
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}])
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"pip install {package}" in refused(capsys, output, "--to", tmp_path / name)
+    assert not list(tmp_path.glob("*x.*"))
+
+
+def test_a_large_output_is_never_whole_in_memory(tmp_path: Path) -> None:
+    lines = [{"id": n, "text": "x" * 2000} for n in range(60_000)]
+    output = complete_run(tmp_path, lines)
+    del lines
+    before = pa.total_allocated_bytes()
+    tracemalloc.start(1)
+    try:
+        export(output, Wish(tmp_path / "x.parquet"), Files(), lambda _: None)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert output.stat().st_size > 120_000_000
+    assert peak < 90_000_000
+    assert pa.total_allocated_bytes() - before < 1_000_000
+    assert pq.ParquetFile(tmp_path / "x.parquet").metadata.num_rows == 60_000
