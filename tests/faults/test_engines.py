@@ -129,7 +129,7 @@ def test_an_engine_that_hangs_while_its_health_page_answers_is_found(tmp_path: P
     rules = [{"after_calls": 100, "hang": True}]
     with run_of(tmp_path, "--hang-timeout", "2", rules=rules) as run:
         run.check_complete()
-        told = r"fakellm hangs: for \d+ s it made no progress, with [1-8] requests in flight, and"
+        told = r"fakellm hangs: for \d+ s it made no progress, with \d+ requests unanswered, and"
         assert re.search(told, run.worker.output)
 
 

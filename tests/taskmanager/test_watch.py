@@ -157,7 +157,7 @@ def test_a_server_hangs_when_it_neither_answers_the_probe_nor_moves_meanwhile(
     async def scenario() -> None:
         what = await asyncio.wait_for(until_hung(engine, 0.2), 10)
         assert what.startswith("hangs: for ")
-        assert "with 3 requests in flight" in what
+        assert "with 3 requests unanswered" in what
         # The third probe of a server that lived until then still moved its counters.
         assert engine.probes in (probes, probes + 1)
 

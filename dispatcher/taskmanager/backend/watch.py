@@ -104,7 +104,7 @@ async def until_hung(
         elif await look():  # else it got on in the meantime
             return (
                 f"hangs: for {detector.quiet_s:.0f} s it made no progress, with "
-                f"{engine.in_flight()} requests in flight, and it did not answer a request for one "
+                f"{engine.in_flight()} requests unanswered, and it did not answer one for a single "
                 "token (--hang-timeout)"
             )
 
