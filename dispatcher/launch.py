@@ -51,7 +51,7 @@ from dispatcher.run_command import (
     resume_hint,
 )
 from dispatcher.run_facts import clock, facts_of_summary
-from dispatcher.server_file import TOKEN_VARIABLE, server_file_in
+from dispatcher.server_file import TOKEN_VARIABLE, page_hint, server_file_in
 from dispatcher.storage.files import Files
 from dispatcher.storage.run_state import SPOOL_FILE, load_run_file
 from dispatcher.taskmanager.backend.gpus import slice_environment
@@ -309,6 +309,9 @@ class LocalRun:
             raise failure from error
         # Should it die and be started again, failures since this start count.
         self._server.argv = [word for word in self._server.argv if word != _ACCEPT_FAILURES]
+        if ready[1] is not None:
+            place = server_file_in(self._state_dir)
+            self._display.note(page_hint(ready[1], place, wants_token=True))
         return ready[1] is not None
 
     async def _start_workers(self) -> None:

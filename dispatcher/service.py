@@ -13,9 +13,10 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,6 +24,7 @@ import msgspec
 from dispatcher.config import RunSettings
 from dispatcher.core.buckets import BATCH_BOUNDS, Buckets
 from dispatcher.core.failures import FailureTrend, Jump, Pause
+from dispatcher.core.observed import Observed
 from dispatcher.core.results import error_kind, lease_serials, valid_results
 from dispatcher.core.work_queue import (
     CRASH,
@@ -139,6 +141,7 @@ class DispatchService:
         self.workers_told: set[str] = set()
         self.worker_totals = WorkerTotals()
         self.failure_trend = FailureTrend()
+        self.observed = Observed()
         self.paused = asyncio.Event()
         self.queue = WorkQueue(settings.policy)
         self.invalid_results = 0
@@ -199,6 +202,7 @@ class DispatchService:
             self.queue.accept_failures()
         self._note_input_end()
         self._watch_failures()
+        self._observe()
         self._tasks += [
             asyncio.create_task(self._guard(self._commit_forever())),
             asyncio.create_task(self._guard(self._tick_forever())),
@@ -440,6 +444,21 @@ class DispatchService:
         """The writer, for its figures; None before the start and when there is nothing to write."""
         return self._writer
 
+    @property
+    def run_file(self) -> Mapping[str, Any]:
+        """What run.yaml says of the run."""
+        return self._run_file
+
+    def now(self) -> float:
+        """Return the time by which leases and workers are judged, in awake seconds."""
+        return self._clock.now()
+
+    async def find_waiting(self, work_id: int) -> tuple[Path, int, int] | None:
+        """Return where a result is that waits for an earlier line: file, offset, length."""
+        if self._writer is None or self.finished.is_set():
+            return None
+        return await self._in_writer(self._writer.find_waiting, work_id)
+
     def reported(self) -> WorkerStats:
         """Return what the workers reported since this server started, added up."""
         workers = self.queue.workers.values()
@@ -448,6 +467,9 @@ class DispatchService:
     def status(self) -> dict[str, Any]:
         """Return what a person wants to know; the first six names are those of older servers."""
         queue, counters, reported = self.queue, self.queue.counters, self.reported()
+        self._observe()
+        state = self._state()
+        left = self._total() - counters.done if state == "running" else 0
         return {
             "last_processed_work_id": queue.first_open - 1,
             "next_work_id": queue.next_work_id,
@@ -455,7 +477,7 @@ class DispatchService:
             "pending": queue.waiting_count,
             "heap_size": queue.ready_count,
             "expired_reissues": counters.expired,
-            "state": self._state(),
+            "state": state,
             "run": self.run_id,
             "epoch": self.epoch,
             "done": counters.done,
@@ -491,6 +513,7 @@ class DispatchService:
             "paused": None if self.finished.is_set() else _facts_of(queue.pause),
             "failure_warning": _facts_of(self.failure_trend.jump),
             "output_error": self._writer.output_error if self._writer else None,
+            **self.observed.rates.in_status(left),
         }
 
     def _state(self) -> str:
@@ -636,6 +659,7 @@ class DispatchService:
         good = [result for result in results if result is not None]
         if len(good) == len(items) and {item.run for item in items} <= {None, run_id}:
             arrivals = list(zip(work_ids, serials, good, map(error_kind, good), strict=True))
+            self.observed.meet(arrivals, queue.leases)
             outcomes = queue.finish_all(arrivals, now)
         else:
             outcomes = self._take_one_by_one(items, serials, results, now)
@@ -660,6 +684,7 @@ class DispatchService:
                 outcomes.append(self._refuse_result(item, serial, now))
             else:
                 arrival = (item.work_id, serial, result, error_kind(result))
+                self.observed.meet([arrival], self.queue.leases)
                 outcomes += self.queue.finish_all([arrival], now)
         return outcomes
 
@@ -806,6 +831,7 @@ class DispatchService:
     def _queue_events(self) -> None:
         for event in self.queue.take_events():
             self._batch.add(event)
+            self.observed.see(event, time.time())
         self._batch.pasts += self.queue.take_pasts()
         if self._batch.body:
             self._work_queued.set()
@@ -857,6 +883,8 @@ class DispatchService:
         assert self._writer is not None
         writer = self._writer
         behind = writer.output.written < self.queue.first_open
+        # The writer rests meanwhile, so that the two figures are of one moment.
+        self.observed.output_marks.note(writer.output.written, writer.output.size_bytes)
         if behind and writer.output_error is None:
             self._work_queued.set()
         if self.queue.is_complete and not behind and not self._batch.body:
@@ -920,6 +948,7 @@ class DispatchService:
         while True:
             await asyncio.sleep(min(_TICK_S, self.queue.policy.lease_term_s / 4))
             now = self._clock.now()
+            self._observe()
             if self._monotonic() < self._full_until:
                 continue
             self.queue.expire(now)
@@ -934,6 +963,11 @@ class DispatchService:
             ):
                 self._work_queued.set()
             self._notify()  # an idle worker may get a copy of an item that runs too long
+
+    def _observe(self) -> None:
+        """Let those who watch see how far the run is, in true seconds."""
+        tokens = self.worker_totals.completion_tokens
+        self.observed.look(self._monotonic(), self.queue, tokens)
 
     def _watch_failures(self) -> None:
         """Say it when lines suddenly fail, and when so many did that the run pauses."""

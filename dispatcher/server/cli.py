@@ -39,6 +39,7 @@ from dispatcher.server_file import (
     ADMIN_TOKEN_FILE,
     ServerFile,
     new_token,
+    page_hint,
     read_server_file,
     read_token_file,
     remove_partial_files,
@@ -369,6 +370,8 @@ def _print_start(service: DispatchService, announcement: Announcement) -> None:
             flush=True,
         )
     print(f"  {settings.infile} -> {settings.outfile}", flush=True)
+    hint = page_hint(content.url, announcement.path, wants_token=content.token is not None)
+    print(f"  {hint}", flush=True)
 
 
 async def _serve_until_end(

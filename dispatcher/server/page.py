@@ -1,0 +1,61 @@
+"""The page for people and its parts: files of the package, the same for everybody."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from importlib.resources import files
+
+from aiohttp import hdrs, web
+
+PAGE = "page.html"
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "form-action 'none'; base-uri 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    # It is asked again each time whether a file changed: a server may be a newer one.
+    "Cache-Control": "no-cache",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    body: bytes
+    headers: dict[str, str]
+
+
+class PageFiles:
+    """The files of the page, read once. No other name is served, wherever it may lead."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, _File] = {}
+        for entry in files("dispatcher.server").joinpath("dashboard").iterdir():
+            suffix = entry.name[entry.name.rfind(".") :]
+            if suffix in _TYPES:
+                body = entry.read_bytes()
+                tag = f'"{hashlib.blake2b(body, digest_size=16).hexdigest()}"'
+                headers = {**_HEADERS, "Content-Type": _TYPES[suffix], "ETag": tag}
+                self._files[entry.name] = _File(body, headers)
+
+    def reply(self, request: web.Request, name: str) -> web.Response:
+        """Return a file; 304 to a browser that has it. Raises HTTPNotFound for what is none."""
+        file = self._files.get(name)
+        if file is None:
+            raise web.HTTPNotFound
+        known = request.headers.get(hdrs.IF_NONE_MATCH, "")
+        if file.headers["ETag"] in [tag.strip().removeprefix("W/") for tag in known.split(",")]:
+            return web.Response(status=304, headers=file.headers)
+        return web.Response(body=file.body, headers=file.headers)
