@@ -13,7 +13,7 @@ from typing import NamedTuple
 import msgspec
 
 from dispatcher.core.events import Event, Finished, Tombstoned
-from dispatcher.core.rates import RunRates
+from dispatcher.core.rates import RunRates, WorkerRates
 from dispatcher.core.work_queue import Arrival, WorkQueue
 from dispatcher.core.workers import Lease
 
@@ -72,6 +72,7 @@ class Observed:
 
     def __init__(self) -> None:
         self.rates = RunRates()
+        self.worker_rates = WorkerRates()
         self.input_marks = LineMarks()
         self.output_marks = LineMarks()
         self._failed: deque[tuple[int, str, bytes | str, float, str]] = deque(maxlen=MOST_ERRORS)
@@ -81,6 +82,7 @@ class Observed:
         """Take the totals: call it every second."""
         counters = queue.counters
         self.rates.note(now, counters.done, counters.failed, tokens)
+        self.worker_rates.note(now, queue.workers.values())
         self.input_marks.note(queue.next_work_id, queue.next_offset)
 
     def meet(self, arrivals: Sequence[Arrival], leases: Mapping[int, Lease]) -> None:
@@ -105,10 +107,8 @@ class Observed:
     def latest_failed(self) -> list[FailedLine]:
         """Return the lines that failed last, the newest first."""
         return [
-            FailedLine(
-                line, kind, told if isinstance(told, str) else error_message(told), at, giver
-            )
-            for line, kind, told, at, giver in reversed(self._failed)
+            FailedLine(line, kind, _told(said), at, giver)
+            for line, kind, said, at, giver in reversed(self._failed)
         ]
 
     def giver_of(self, line: int) -> str:
@@ -155,3 +155,7 @@ def error_message(result: bytes) -> str:
         last = error.attempts[-1]
         text = f"the last attempt: {last.kind}, {last.reason}"
     return text if len(text) <= _MESSAGE_CHARACTERS else text[: _MESSAGE_CHARACTERS - 1] + "…"
+
+
+def _told(said: bytes | str) -> str:
+    return said if isinstance(said, str) else error_message(said)

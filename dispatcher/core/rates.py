@@ -7,8 +7,11 @@ further back, so that a run of days costs as much memory as one of an hour.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from dispatcher.core.workers import Worker
 
 RATE_OVER_S = 30.0
 """What "now" means in a rate: long enough for three heartbeats, which bring the tokens."""
@@ -147,6 +150,32 @@ class RunRates:
         self.seq += 1
         level.points.append(Point(self.seq, now.at_s, *_rates(begin, now)))
         level.totals.append(now)
+
+
+class WorkerRates:
+    """How many lines each worker finishes a second, from how many it had finished before.
+
+    Results come in batches, so that the time between two of them says little.
+    """
+
+    _EVERY_S = 5.0
+    _KEPT = 7  # so that the oldest is RATE_OVER_S seconds old at least, in the end
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[float, dict[str, int]]] = deque(maxlen=self._KEPT)
+
+    def note(self, now: float, workers: Iterable[Worker]) -> None:
+        """Take what the workers have finished: call it every second or so."""
+        if not self._samples or now - self._samples[-1][0] >= self._EVERY_S:
+            self._samples.append((now, {worker.name: worker.finished for worker in workers}))
+
+    def of(self, worker: Worker, now: float) -> float | None:
+        """Return a worker's lines a second; None for one that was only just seen first."""
+        for at, finished in self._samples:
+            before = finished.get(worker.name)
+            if before is not None and now - at >= self._EVERY_S:
+                return max(0, worker.finished - before) / (now - at)
+        return None
 
 
 def _rates(begin: Totals, end: Totals) -> tuple[float, float, float]:

@@ -55,13 +55,13 @@ class Gate:
     """Tells callers apart by the token they show; without tokens, all of them may do all."""
 
     def __init__(self, token: str | None = None, admin_token: str | None = None) -> None:
-        self._is_open = token is None
+        self.is_open = token is None
         self._worker = _bearer(token)
         self._admin = _bearer(admin_token)
 
     def role(self, authorization: str | None) -> Role:
         """Return what the value of the header `Authorization` allows."""
-        if self._is_open:
+        if self.is_open:
             return ADMIN
         if authorization is None:
             return STRANGER

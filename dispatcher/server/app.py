@@ -41,7 +41,7 @@ from dispatcher.server.connections import (
 from dispatcher.server.item_view import ItemView
 from dispatcher.server.metrics import render_metrics
 from dispatcher.server.overview import Overview, full_status
-from dispatcher.server.page import PAGE, PageFiles
+from dispatcher.server.page import OPEN_PAGE, PAGE, PageFiles
 from dispatcher.service import DispatchService
 
 SERVICE = web.AppKey("service", DispatchService)
@@ -327,7 +327,8 @@ async def get_health(request: web.Request) -> web.Response:
 
 async def get_page(request: web.Request) -> web.Response:
     """GET /, GET /page/NAME"""
-    return request.app[PAGE_FILES].reply(request, request.match_info.get("name", PAGE))
+    page = OPEN_PAGE if request.app[GATE].is_open else PAGE
+    return request.app[PAGE_FILES].reply(request, request.match_info.get("name", page))
 
 
 def _json(value: object, status: int = 200) -> web.Response:

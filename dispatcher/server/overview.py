@@ -96,13 +96,14 @@ class Overview:
     def _worker(self, worker: Worker, now: float) -> dict[str, Any]:
         stats = self._service.worker_totals.of(worker.name)
         vanished_at = worker.vanished_at
+        items_per_s = self._service.observed.worker_rates.of(worker, time.monotonic())
         return {
             "name": worker.name,
             "node": node_of(worker.name),
             "in_flight": len(worker.leases),
             "requests_in_flight": stats.in_flight if stats and vanished_at is None else None,
             "finished": worker.finished,
-            "items_per_s": round(_items_per_s(worker, now), 3),
+            "items_per_s": round(items_per_s, 3) if items_per_s is not None else None,
             "completion_tokens": stats.completion_tokens if stats else None,
             "seen_s": round(now - worker.last_seen_at, 1),
             "backend": ("up" if worker.backend_up else "down") if worker.heartbeats else "unknown",
@@ -121,13 +122,6 @@ def node_of(worker: str) -> str | None:
     """Return the node in the names that task managers give themselves; None in others."""
     found = _OUR_NAMES.fullmatch(worker)
     return found[1] if found else None
-
-
-def _items_per_s(worker: Worker, now: float) -> float:
-    """Return a worker's smoothed rate, which falls while nothing comes from it."""
-    if worker.pace_s is None or worker.last_finish_at is None or worker.vanished_at is not None:
-        return 0.0
-    return 1 / max(worker.pace_s, now - worker.last_finish_at, 1e-3)
 
 
 def _by_need(worker: Worker) -> tuple[bool, bool, str]:

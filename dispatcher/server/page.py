@@ -9,6 +9,9 @@ from importlib.resources import files
 from aiohttp import hdrs, web
 
 PAGE = "page.html"
+OPEN_PAGE = "open.html"
+"""The page of a server that asks for no token, so that it asks for none either."""
+
 _TYPES = {
     ".html": "text/html; charset=utf-8",
     ".css": "text/css; charset=utf-8",
@@ -45,10 +48,13 @@ class PageFiles:
         for entry in files("dispatcher.server").joinpath("dashboard").iterdir():
             suffix = entry.name[entry.name.rfind(".") :]
             if suffix in _TYPES:
-                body = entry.read_bytes()
-                tag = f'"{hashlib.blake2b(body, digest_size=16).hexdigest()}"'
-                headers = {**_HEADERS, "Content-Type": _TYPES[suffix], "ETag": tag}
-                self._files[entry.name] = _File(body, headers)
+                self._add(entry.name, _TYPES[suffix], entry.read_bytes())
+        page = self._files[PAGE].body.replace(b'data-token="wanted"', b'data-token="none"')
+        self._add(OPEN_PAGE, _TYPES[".html"], page)
+
+    def _add(self, name: str, content_type: str, body: bytes) -> None:
+        tag = f'"{hashlib.blake2b(body, digest_size=16).hexdigest()}"'
+        self._files[name] = _File(body, {**_HEADERS, "Content-Type": content_type, "ETag": tag})
 
     def reply(self, request: web.Request, name: str) -> web.Response:
         """Return a file; 304 to a browser that has it. Raises HTTPNotFound for what is none."""
