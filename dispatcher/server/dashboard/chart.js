@@ -23,7 +23,7 @@ function ceiling(value) {
   return 10 * power;
 }
 
-const TICKS_S = [60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600, 43200, 86400, 172800];
+const TICKS_S = [10, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400, 21600, 43200, 86400, 172800];
 
 // Round times of day between two times, at most `most` of them.
 function ticks(begin, end, most) {
@@ -132,9 +132,12 @@ export class Chart {
       setAttribute(rule, "y1", y(value).toFixed(1));
       setAttribute(rule, "y2", y(value).toFixed(1));
     }
-    for (const at of ticks(begin, now, Math.max(2, Math.floor(width / 95)))) {
+    const marks = ticks(begin, now, Math.max(2, Math.floor(width / 95)));
+    const withSeconds = marks.length > 1 && marks[1] - marks[0] < 60e3;
+    for (const at of marks) {
       const place = x(at);
-      if (place > LEFT + 14 && place < width - 24) labels.x.push([place, HEIGHT - 6, time(at)]);
+      if (place < LEFT + 24 || place > width - 30) continue;
+      labels.x.push([place, HEIGHT - 6, time(at, withSeconds)]);
     }
     for (const side of ["x", "y"]) {
       labels[side].forEach(([left, up, text], i) => {

@@ -13,7 +13,7 @@ const STATES = {
 };
 
 // What the state means just now, in a sentence.
-function sentence(status) {
+function sentence(status, startedAt, serverTime) {
   switch (status.state) {
     case "complete":
       return status.failed
@@ -30,7 +30,7 @@ function sentence(status) {
           : "Waiting for a first worker.";
       }
       if (!status.done) return "The first lines are under way.";
-      return "";
+      return startedAt ? `Started ${duration(serverTime - Date.parse(startedAt) / 1000)} ago.` : "";
   }
 }
 
@@ -96,12 +96,13 @@ export class Hero {
   }
 
   // `away` is since when the server does not answer, null while it does.
-  update(status, settings, now, away) {
+  update({ status, time: serverTime }, settings, now, away) {
+    const meaning = sentence(status, settings?.started_at, serverTime);
     const ended = away !== null && status.state === "complete";
     const [word, tone] = away !== null && !ended
       ? ["No answer", "bad"] : (STATES[status.state] || [status.state, ""]);
-    const says = away === null ? sentence(status)
-      : ended ? `${sentence(status)} Its server has ended.`
+    const says = away === null ? meaning
+      : ended ? `${meaning} Its server has ended.`
         : `The server does not answer since ${time(away, true)}; trying again. What stands here is from then.`;
     const name = baseName(settings?.files?.output) || "The run";
     setText(byId("run-name"), name);

@@ -85,7 +85,7 @@ function schedule() {
 
 function draw(now) {
   const { status } = overview;
-  hero.update(status, settings, now, null);
+  hero.update(overview, settings, now, null);
   controls.update(status, false);
   failures.update(overview);
   workers.update(overview.workers);
@@ -110,7 +110,7 @@ function drawCharts(now) {
 function drawAway(error) {
   const answers = error instanceof Refused;
   if (overview) {
-    hero.update(overview.status, settings, Date.now(), awaySince);
+    hero.update(overview, settings, Date.now(), awaySince);
     controls.update(overview.status, true);
     return;
   }
