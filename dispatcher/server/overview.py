@@ -19,7 +19,7 @@ REUSED_FOR_S = 0.9
 """How long a reply serves other pages, too: below the interval at which one page looks."""
 
 _OUR_NAMES = re.compile(r"(.+)-\d+-[0-9a-f]{8}")
-_SINCE = re.compile(r"(\d{1,18})\.(\d{1,18})")
+_SINCE = re.compile(r"([0-9]{1,18})\.([0-9]{1,18})")
 _encode = msgspec.json.Encoder().encode
 
 
