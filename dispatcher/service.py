@@ -202,7 +202,7 @@ class DispatchService:
             self.queue.accept_failures()
         self._note_input_end()
         self._watch_failures()
-        self._observe()
+        self.observe()
         self._tasks += [
             asyncio.create_task(self._guard(self._commit_forever())),
             asyncio.create_task(self._guard(self._tick_forever())),
@@ -467,9 +467,6 @@ class DispatchService:
     def status(self) -> dict[str, Any]:
         """Return what a person wants to know; the first six names are those of older servers."""
         queue, counters, reported = self.queue, self.queue.counters, self.reported()
-        self._observe()
-        state = self._state()
-        left = self._total() - counters.done if state == "running" else 0
         return {
             "last_processed_work_id": queue.first_open - 1,
             "next_work_id": queue.next_work_id,
@@ -477,7 +474,7 @@ class DispatchService:
             "pending": queue.waiting_count,
             "heap_size": queue.ready_count,
             "expired_reissues": counters.expired,
-            "state": state,
+            "state": self._state(),
             "run": self.run_id,
             "epoch": self.epoch,
             "done": counters.done,
@@ -513,7 +510,6 @@ class DispatchService:
             "paused": None if self.finished.is_set() else _facts_of(queue.pause),
             "failure_warning": _facts_of(self.failure_trend.jump),
             "output_error": self._writer.output_error if self._writer else None,
-            **self.observed.rates.in_status(left),
         }
 
     def _state(self) -> str:
@@ -948,7 +944,7 @@ class DispatchService:
         while True:
             await asyncio.sleep(min(_TICK_S, self.queue.policy.lease_term_s / 4))
             now = self._clock.now()
-            self._observe()
+            self.observe()
             if self._monotonic() < self._full_until:
                 continue
             self.queue.expire(now)
@@ -964,7 +960,7 @@ class DispatchService:
                 self._work_queued.set()
             self._notify()  # an idle worker may get a copy of an item that runs too long
 
-    def _observe(self) -> None:
+    def observe(self) -> None:
         """Let those who watch see how far the run is, in true seconds."""
         tokens = self.worker_totals.completion_tokens
         self.observed.look(self._monotonic(), self.queue, tokens)

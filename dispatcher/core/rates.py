@@ -115,11 +115,9 @@ class RunRates:
     def in_status(self, lines_left: int) -> dict[str, Any]:
         """Return `rate` and `time_left` as `/status` has them; 0 lines left: no estimate."""
         items, tokens = self.per_second()
-        span_s = self._recent[-1].at_s - self._recent[0].at_s if self._recent else 0.0
         left = self.time_left(lines_left)
-        rate = {"items_per_s": round(items, 3), "tokens_per_s": round(tokens, 1)}
         return {
-            "rate": {**rate, "over_s": round(span_s, 1)},
+            "rate": {"items_per_s": round(items, 3), "tokens_per_s": round(tokens, 1)},
             "time_left": {
                 "seconds": round(left.seconds, 1),
                 "items_per_s": round(left.items_per_s, 3),

@@ -34,6 +34,7 @@ from dispatcher.server import tls
 from dispatcher.server.access import Gate
 from dispatcher.server.app import listen, make_app, stop_listening
 from dispatcher.server.connections import ConnectionLimits, raise_file_limit
+from dispatcher.server.overview import full_status
 from dispatcher.server.tls import Tls
 from dispatcher.server_file import (
     ADMIN_TOKEN_FILE,
@@ -403,7 +404,7 @@ async def _tell_progress(service: DispatchService) -> None:
     """Say once a minute how the run goes."""
     display = LogDisplay()
     while not service.finished.is_set() and service.failure is None:
-        display.show(service.status(), time.monotonic())
+        display.show(full_status(service), time.monotonic())
         await asyncio.sleep(_LOOK_EVERY_S)
 
 

@@ -115,7 +115,11 @@ def full_status(service: DispatchService) -> dict[str, Any]:
     """Return what `/status` tells."""
     queue = service.queue
     blocked = queue.policy.window > 0 and not queue.input_ended and queue.window_room() <= 0
-    return {**service.status(), "blocked_by_window": blocked}
+    service.observe()
+    status = service.status()
+    left = status["total"] - status["done"] if status["state"] == "running" else 0
+    rates = service.observed.rates.in_status(left)
+    return {**status, "blocked_by_window": blocked, **rates}
 
 
 def node_of(worker: str) -> str | None:
