@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import tempfile
 import time
@@ -17,7 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dispatcher.client import AsyncWorkClient
-from dispatcher.models import HeartbeatRequest, Histogram, ModelStats, WorkerStats, WorkItem
+from dispatcher.models import (
+    HeartbeatRequest,
+    Histogram,
+    ModelStats,
+    ReleaseItem,
+    WorkerStats,
+    WorkItem,
+)
 from tests.dashboard.browser import DESKTOP, PHONE, Tab, chromium
 from tests.support.processes import Server, dispatcher_server
 
@@ -25,8 +33,12 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 LINES = 60_000
+IN_README = {"busy": ("light-desktop", 700), "failures": ("dark-desktop", 1250)}
+"""Of which pictures the README has how much, in pixels from the top."""
+
 STATES = ["fresh", "busy", "failures", "complete"]
 _BEAT_S = 2.0
+_DIES_AFTER_S = 120.0
 _MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 _TOPICS = (
     "photosynthesis",
@@ -44,6 +56,12 @@ _FAILURES = (
 )
 
 
+def _load() -> float:
+    """Return how slow everything is just now, as it is in life."""
+    now = time.monotonic()
+    return 1 + 0.18 * math.sin(now / 31) + 0.1 * math.sin(now / 7)
+
+
 class Fleet:
     """Clients that answer lines as `speed` workers would; `fails` is the share that fails."""
 
@@ -53,6 +71,10 @@ class Fleet:
         self._fails = fails
         self._pause_s = pause_s
         self._chance = random.Random(7)
+
+    @property
+    def _goes_wrong(self) -> bool:
+        return self._fails > 0.05
 
     async def work(self, *, to_the_end: bool) -> None:
         """Answer lines until there are none; but the first ones only if `to_the_end`."""
@@ -67,7 +89,7 @@ class Fleet:
         )
         stats.ttft = Histogram([0, 20, 300, 700, 300, 60, 5, *[0] * 10])
         held: list[WorkItem] = []
-        beat_at = 0.0
+        beat_at, began = 0.0, time.monotonic()
         try:
             while True:
                 if time.monotonic() >= beat_at:
@@ -78,7 +100,14 @@ class Fleet:
                 held += work.items
                 if work.status == "all_work_complete" and not held:
                     return
-                await asyncio.sleep(self._pause_s * self._chance.uniform(0.6, 1.4))
+                await asyncio.sleep(self._pause_s * self._chance.uniform(0.6, 1.4) * _load())
+                if self._goes_wrong and len(held) > 20 and self._chance.random() < 0.04:
+                    given_back = held.pop()
+                    reason = "TaskRetry: the answer names no year"
+                    lease = ReleaseItem(given_back.work_id, given_back.lease, reason=reason)
+                    await client.release_work(items=[lease])
+                if self._goes_wrong and number == 5 and time.monotonic() - began > _DIES_AFTER_S:
+                    return  # without a word
                 # One is kept back, so that later results wait behind it.
                 is_slow = number == 3 and not to_the_end
                 ready = held[1:9] if is_slow else held[:8]
@@ -154,6 +183,10 @@ class Camera:
             if prepare is not None:
                 prepare(tab)
             tab.page.screenshot(path=directory / f"{state}-{name}.png", full_page=prepare is None)
+            if prepare is None and IN_README.get(state, ("", 0))[0] == name:
+                clip = {"x": 0, "y": 0, "width": DESKTOP["width"], "height": IN_README[state][1]}
+                path = directory / f"page-{state}.png"
+                tab.page.screenshot(path=path, full_page=True, clip=clip)
 
 
 def show_a_line(tab: Tab) -> None:
@@ -187,7 +220,7 @@ async def _all(runs: Path, pictures: Path, seconds: float, wanted: list[str]) ->
         place.mkdir()
         write_prompts(place / "prompts.jsonl", lines)
         files = ("--infile", place / "prompts.jsonl", "--outfile", place / "answers.jsonl")
-        with dispatcher_server(*files, "--lease-term", "8", "--quiet") as server:
+        with dispatcher_server(*files, "--lease-term", "15", "--quiet") as server:
             fleet = Fleet(server, workers, fails, 0.35)
             working = asyncio.create_task(fleet.work(to_the_end=state == "complete"))
             await asyncio.to_thread(_take, server, pictures, state, seconds if workers else 3)

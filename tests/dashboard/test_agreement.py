@@ -17,15 +17,15 @@ from tests.support.processes import dispatcher_server, running
 pytestmark = pytest.mark.chromium
 
 LINES = 100
-BY_KIND = {"bad_answer": 5, "timeout": 2, "max_retries_exceeded": 1}
-CAUSES = "bad_answer 5, timeout 2, max_retries_exceeded 1"
+BY_KIND = {"timeout": 5, "bad_answer": 2, "max_retries_exceeded": 1}
+CAUSES = "timeout 5, bad_answer 2, max_retries_exceeded 1"
 
 
 def answer(item: WorkItem) -> str:
     """Return the result of a line; line 0 is never answered, and the next seven fail."""
     if item.work_id >= 8:
         return '{"ok": true}'
-    kind = "timeout" if item.work_id < 3 else "bad_answer"
+    kind = "timeout" if item.work_id < 6 else "bad_answer"
     return json.dumps({"__ERROR__": {"error": kind, "message": "m"}})
 
 

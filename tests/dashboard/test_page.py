@@ -370,6 +370,8 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(server: Server, browser: Br
     phone = Tab(browser, viewport=PHONE)
     with server.client("a-worker-with-a-very-long-name-" + "x" * 90) as client:
         answer(client, 3, error_line(error="e" * 60, message="m" * 200))
+        stats = WorkerStats(models={"organisation/" + "m" * 60: ModelStats(requests=10**9)})
+        client.heartbeat(HeartbeatRequest("node7-123-0a1b2c3d", stats=stats))
         page = phone.open(server.url, server.token)
         page.locator(".settings summary").click()
         widths = "[document.documentElement.scrollWidth, document.body.scrollWidth, innerWidth]"

@@ -115,7 +115,7 @@ export class Chart {
     const fails = this.second && points.some((point) => this.second(point) > 0);
     setAttribute(this.failed, "d", fails ? path(this.second) : "");
     this.legend.hidden = !fails;
-    this.empty.hidden = points.length > 0;
+    this.empty.hidden = peak > 0;
     setText(this.now, rate(current));
     this.summarise(values, seconds, current);
   }
@@ -154,14 +154,14 @@ export class Chart {
     const known = values.length > 0;
     const mean = known ? values.reduce((a, b) => a + b, 0) / values.length : 0;
     const peak = known ? Math.max(...values) : 0, low = known ? Math.min(...values) : 0;
-    const text = known ? `mean ${rate(mean)} · lowest ${rate(low)} · highest ${rate(peak)}` : "";
+    const text = known && peak > 0 ? `mean ${rate(mean)} · lowest ${rate(low)} · highest ${rate(peak)}` : "";
     setText(this.sum, text);
     // Read out by whoever comes to it; it need not change more often than somebody listens.
     if (Date.now() - this.saidAt > 20000) {
       this.saidAt = Date.now();
       setAttribute(
         this.svg, "aria-label",
-        `${this.title} over time: now ${rate(current)} ${this.unit}${known ? `, ${text}` : ""}`,
+        `${this.title} over time: now ${rate(current)} ${this.unit}${text && `, ${text}`}`,
       );
     }
   }
