@@ -54,7 +54,10 @@ CALL_TIMES = web.AppKey("call_times", dict[str, Buckets])
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _encode = msgspec.json.Encoder().encode
 _NEVER_S = 1e9
-_TIMED_CALLS = ("/work", "/results", "/release", "/heartbeat", "/steps", "/status", "/metrics")
+_TIMED_CALLS = (
+    *("/work", "/results", "/release", "/heartbeat", "/steps"),
+    *("/status", "/metrics", "/overview"),
+)
 log = logging.getLogger(__name__)
 
 

@@ -101,6 +101,11 @@ def test_a_server_that_wants_no_token_asks_for_none(files: Files, tab: Tab) -> N
         page = tab.open(server.url)
         page.locator("#run").wait_for()
         assert not page.locator("#ask").is_visible()
+        page.get_by_role("button", name="Work timeout").click()
+        assert not page.get_by_label("Admin token").is_visible()
+        page.get_by_label("Seconds").fill("5")
+        page.keyboard.press("Enter")
+        tab.wait_for(has_text("#settings", "5 s"))
     assert tab.complaints == []
 
 

@@ -13,7 +13,9 @@ export class Refused extends Error {
 
 export class Away extends Error {}
 
-let adminToken = null;
+// A server that wants no token says so in the page; it wants no admin token either.
+export const wantsToken = () => document.body.dataset.token === "wanted";
+let adminToken = wantsToken() ? null : "";
 
 export const hasToken = () => sessionStorage.getItem(TOKEN) !== null;
 export const keepToken = (token) => sessionStorage.setItem(TOKEN, token);

@@ -95,7 +95,7 @@ export class Hero {
     );
   }
 
-  // `away` is since when the server does not answer, null while it does.
+  // `away` says since when the server does not answer, and is null while it does.
   update({ status, time: serverTime }, settings, now, away) {
     const meaning = sentence(status, settings?.started_at, serverTime);
     const ended = away !== null && status.state === "complete";
@@ -103,7 +103,7 @@ export class Hero {
       ? ["No answer", "bad"] : (STATES[status.state] || [status.state, ""]);
     const says = away === null ? meaning
       : ended ? `${meaning} Its server has ended.`
-        : `The server does not answer since ${time(away, true)}; trying again. What stands here is from then.`;
+        : `${away} What stands here is from before.`;
     const name = baseName(settings?.files?.output) || "The run";
     setText(byId("run-name"), name);
     setText(byId("state"), word);

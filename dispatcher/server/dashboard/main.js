@@ -1,6 +1,6 @@
 // The page: asks for the token once, looks every two seconds, and hands what it sees to its parts.
 
-import { Refused, dropToken, get, hasToken, keepToken } from "./api.js";
+import { Refused, dropToken, get, hasToken, keepToken, wantsToken } from "./api.js";
 import { Chart } from "./chart.js";
 import { Controls } from "./controls.js";
 import { byId, make, setText, show } from "./dom.js";
@@ -108,14 +108,14 @@ function drawCharts(now) {
 }
 
 function drawAway(error) {
-  const answers = error instanceof Refused;
+  const problem = error instanceof Refused ? `The server refuses: ${error.message}; trying again.`
+    : `The server does not answer since ${time(awaySince, true)}; trying again.`;
   if (overview) {
-    hero.update(overview, settings, Date.now(), awaySince);
+    hero.update(overview, settings, Date.now(), problem);
     controls.update(overview.status, true);
-    return;
+  } else {
+    setText(byId("looked"), problem);
   }
-  const text = answers ? error.message : `The server does not answer since ${time(awaySince, true)}; trying again.`;
-  setText(byId("looked"), text);
 }
 
 function ask() {
@@ -154,6 +154,5 @@ for (const [label, seconds] of RANGES) {
 }
 
 document.addEventListener("visibilitychange", () => (document.hidden ? schedule() : look()));
-// A server that wants no token says so in the page.
-if (hasToken() || document.body.dataset.token !== "wanted") look();
+if (hasToken() || !wantsToken()) look();
 else ask();

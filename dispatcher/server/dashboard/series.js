@@ -3,6 +3,7 @@
 export class Series {
   constructor() {
     this.levels = new Map(); // seconds between two points -> points, oldest first
+    this.reach = new Map(); // the same -> how many seconds they reach back
   }
 
   // Points carry times relative to the reply; here they get this browser's.
@@ -16,14 +17,14 @@ export class Series {
       }
       if (points.length > keep) points.splice(0, points.length - keep);
       this.levels.set(every, points);
+      this.reach.set(every, every * keep);
     }
   }
 
   // The points of the last seconds, of the finest level that reaches so far.
   last(seconds, now) {
     const levels = [...this.levels.keys()].sort((a, b) => a - b);
-    const reach = { 5: 600, 30: 7200 };
-    const every = levels.find((each) => (reach[each] || Infinity) >= seconds) || levels[0];
+    const every = levels.find((each) => this.reach.get(each) >= seconds) || levels[0];
     const begin = now - seconds * 1000;
     return { every, points: (this.levels.get(every) || []).filter((point) => point.at >= begin) };
   }
