@@ -72,7 +72,8 @@ const FIGURES = [
     (s.pending ? `finished, behind line ${s.waiting_for}` : "no finished line waits")],
   ["Failed", (s) => count(s.failed), (s) => (s.done ? `${share(s.failed, s.done)} of those finished` : "none yet"),
     (s) => (s.failed ? "bad" : "")],
-  ["Workers", (s) => count(s.workers), (s) => `${count(s.requests_in_flight)} requests in flight`],
+  ["Workers", (s) => count(s.workers), (s) =>
+    (s.state === "complete" ? "nothing left to do" : `${count(s.requests_in_flight)} requests in flight`)],
 ];
 
 export class Hero {
