@@ -165,6 +165,17 @@ def test_every_line_of_a_larger_run_is_found_at_its_place(tmp_path: Path) -> Non
         assert known(server, 5999)["input"]["text"] == '{"q": 5999}'
 
 
+def test_lines_of_a_run_that_is_complete_are_told_as_well(run: Run) -> None:
+    server, client = run
+    items = client.get_work(LINES).items
+    for item in items:
+        item.set_result(f'{{"a": {item.work_id}}}')
+    client.submit_results(items)
+    found = known(server, LINES - 1)
+    assert found["result"]["text"] == f'{{"a": {LINES - 1}}}'
+    assert json.loads(found["input"]["text"])["q"] == LINES - 1
+
+
 def test_an_input_that_cannot_be_read_is_told_and_harms_nothing(run: Run, tmp_path: Path) -> None:
     server, client = run
     client.get_work(1)
