@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 
 from dispatcher.client import WorkClient
+from dispatcher.config import RunSettings
 from dispatcher.core.observed import Mark
 from dispatcher.errors import TooFarError
-from dispatcher.models import HeartbeatRequest
+from dispatcher.models import HeartbeatRequest, ResultItem
 from dispatcher.server import item_view
-from dispatcher.server.item_view import SHOWN_BYTES, Piece, read_line
+from dispatcher.server.item_view import SHOWN_BYTES, ItemView, Piece, read_line
+from dispatcher.service import DispatchService
 from tests.server.test_access_control import ask
 from tests.support.processes import Server, dispatcher_server, wait_until
 
@@ -174,6 +177,31 @@ def test_lines_of_a_run_that_is_complete_are_told_as_well(run: Run) -> None:
     found = known(server, LINES - 1)
     assert found["result"]["text"] == f'{{"a": {LINES - 1}}}'
     assert json.loads(found["input"]["text"])["q"] == LINES - 1
+
+
+def test_a_start_that_finds_the_run_complete_tells_of_its_lines(tmp_path: Path) -> None:
+    infile = tmp_path / "in.jsonl"
+    infile.write_text('{"q": 0}\n{"q": 1}\n')
+    settings = RunSettings(infile, tmp_path / "out.jsonl", tmp_path / "state")
+
+    async def scenario() -> None:
+        service = DispatchService(settings)
+        await service.start()
+        items = (await service.get_work("w", 2)).items
+        results = [ResultItem(item.work_id, '{"a": 1}', lease=item.lease) for item in items]
+        await service.submit(results)
+        await service.finished.wait()
+        await service.close()
+        again = DispatchService(settings)
+        await again.start()
+        found = await ItemView(again).look("1")
+        assert found is not None
+        assert (found["state"], found["result"]["text"]) == ("written", '{"a": 1}')
+        assert found["input"]["text"] == '{"q": 1}'
+        assert await ItemView(again).look("2") is None
+        await again.close()
+
+    asyncio.run(scenario())
 
 
 def test_an_input_that_cannot_be_read_is_told_and_harms_nothing(run: Run, tmp_path: Path) -> None:
