@@ -36,7 +36,10 @@ function sentence(status, startedAt, serverTime) {
 
 function notices(status) {
   const found = [];
-  if (status.paused) found.push(["warn", "paused", status.paused.message]);
+  if (status.paused) {
+    const { message } = status.paused;
+    found.push(["warn", "paused", message.charAt(0).toUpperCase() + message.slice(1)]);
+  }
   if (status.output_error) found.push(["bad", "output", `The output stands still: ${status.output_error}`]);
   if (status.failure_warning) {
     found.push(["warn", "jump", `Suddenly more lines fail: ${status.failure_warning.message}`]);

@@ -62,7 +62,7 @@ function attempts(found) {
   for (const each of all) {
     body.append(make(
       "tr", {},
-      make("th", { scope: "row", class: "number", text: each.attempt || "–" }),
+      make("th", { scope: "row", text: each.attempt || "–" }),
       make("td", { text: ENDS[each.end] || each.end || "–" }),
       make("td", { text: each.reason || "–" }),
       make("td", { class: "name", text: nameOf(each.worker) }),

@@ -13,7 +13,7 @@ function text(name, value) {
   return typeof value === "object" && value !== null ? JSON.stringify(value) : String(value);
 }
 
-const words = (name) => name.replace(/_s$|_bytes$/, "").replaceAll("_", " ");
+const words = (name) => name.replace(/_s$/, "").replace(/_bytes$/, "_size").replaceAll("_", " ");
 
 function group(title, entries) {
   const known = entries.filter(([, value]) => value !== null && value !== undefined && value !== "");
