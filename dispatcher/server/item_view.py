@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -25,8 +25,6 @@ from dispatcher.errors import BadRequestError, TooFarError
 from dispatcher.service import DispatchService
 from dispatcher.storage.history import HISTORY_FILE
 from dispatcher.storage.run_state import SPOOL_FILE
-
-T = TypeVar("T")
 
 SHOWN_BYTES = 4096
 """Of a line, a result and the like at most so much is shown."""
@@ -101,9 +99,9 @@ class _Places:
 
     def __init__(self, service: DispatchService, line: int, item: Item | None) -> None:
         settings = service.settings
-        spool = settings.state_dir / SPOOL_FILE
         self._line = line
-        self._input = spool if spool.exists() else settings.infile
+        self._input = settings.infile
+        self._spool = settings.state_dir / SPOOL_FILE
         self._output = settings.outfile
         self._history = settings.state_dir / HISTORY_FILE
         observed = service.observed
@@ -113,9 +111,12 @@ class _Places:
         self._output_mark = observed.output_marks.before(line)
 
     def input_line(self) -> Piece | None:
-        return read_line(self._input, self._input_mark, self._line)
+        """Return the line of the input, or of the copy of one that could not be seeked."""
+        path = self._spool if self._spool.exists() else self._input
+        return read_line(path, self._input_mark, self._line)
 
     def output_line(self) -> Piece | None:
+        """Return the line of the output."""
         return read_line(self._output, self._output_mark, self._line)
 
     def past_attempts(self) -> list[dict[str, Any]]:

@@ -70,9 +70,9 @@ const FIGURES = [
   ["Items/s", (s) => rate(s.rate.items_per_s), () => "over the last 30 s"],
   ["Tokens/s", (s) => rate(s.rate.tokens_per_s), (s) => `${count(s.completion_tokens)} generated`],
   ["In flight", (s) => count(s.issued), (s) =>
-    (s.heap_size ? `${count(s.heap_size)} ready to be handed out` : "handed out, no result yet")],
+    (s.heap_size ? `and ${count(s.heap_size)} more are ready` : "handed out, no result yet")],
   ["Waiting", (s) => count(s.pending), (s) =>
-    (s.pending ? `finished, behind line ${s.waiting_for}` : "no finished line waits")],
+    (s.pending ? `behind line ${s.waiting_for}` : "no finished line waits")],
   ["Failed", (s) => count(s.failed), (s) => (s.done ? `${share(s.failed, s.done)} of those finished` : "none yet"),
     (s) => (s.failed ? "bad" : "")],
   ["Workers", (s) => count(s.workers), (s) =>
