@@ -35,7 +35,6 @@ _SETTING = Setting(batch=64, connections=16, want=True, token=True)
 _SPARE_LINES = 8192
 _EVERY_S = 2.0
 _FAILED_LINES = 50
-_LOOKS_ALONE = 40
 
 
 class OpenPage(threading.Thread):
@@ -83,7 +82,7 @@ async def fail_lines(url: str, headers: dict[str, str]) -> None:
             reply.raise_for_status()
 
 
-def cost(items: int, pages: int) -> tuple[Cost, int, float, int]:
+def cost(items: int, pages: int, looks_alone: int) -> tuple[Cost, int, float, int]:
     """Return what a server needed, looks meanwhile, CPU seconds of a look, bytes of its reply."""
     with tempfile.TemporaryDirectory(prefix="dispatcher-bench-") as name:
         directory = Path(name)
@@ -101,36 +100,37 @@ def cost(items: int, pages: int) -> tuple[Cost, int, float, int]:
             looks = sum(page.looks for page in opened)
             alone = OpenPage(url, headers)
             alone.look()
-            return found, looks, _cpu_of_a_look(alone, pid), alone.reply_bytes
+            return found, looks, _cpu_of_a_look(alone, pid, looks_alone), alone.reply_bytes
 
 
-def _cpu_of_a_look(page: OpenPage, pid: int) -> float:
+def _cpu_of_a_look(page: OpenPage, pid: int, count: int) -> float:
     """Return CPU seconds of a look of which nothing is reused, less what an idle server needs."""
-    span_s = _LOOKS_ALONE * (REUSED_FOR_S + 0.05)
+    span_s = count * (REUSED_FOR_S + 0.05)
     before = cpu_seconds(pid)
     time.sleep(span_s)
     idle_s = cpu_seconds(pid) - before
     before, began = cpu_seconds(pid), time.monotonic()
-    for _ in range(_LOOKS_ALONE):
+    for _ in range(count):
         page.look()
         time.sleep(REUSED_FOR_S + 0.05)
     took_s = time.monotonic() - began
-    return (cpu_seconds(pid) - before - idle_s * took_s / span_s) / _LOOKS_ALONE
+    return (cpu_seconds(pid) - before - idle_s * took_s / span_s) / count
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--items", type=int, default=300_000, help="items a measurement")
+    parser.add_argument("--items", type=int, default=1_500_000, help="items a measurement")
     parser.add_argument("--pairs", type=int, default=5, help="measurements of each kind")
     parser.add_argument("--pages", type=int, default=1, help="pages open at once")
+    parser.add_argument("--looks", type=int, default=40, help="looks at a server without work")
     args = parser.parse_args()
     rates, cpus, alone = [], [], []
     print("pair  items/s without, with  us/item without, with  looks  bytes a look")
     for pair in range(args.pairs):
         found: dict[int, tuple[Cost, int, float, int]] = {}
         for pages in (0, args.pages) if pair % 2 else (args.pages, 0):
-            found[pages] = cost(args.items, pages)
+            found[pages] = cost(args.items, pages, args.looks)
         (plain, _, first, _), (loaded, looks, second, size) = found[0], found[args.pages]
         alone += [first, second]
         rates.append((loaded.items / loaded.wall_s) / (plain.items / plain.wall_s))
