@@ -92,6 +92,14 @@ class SyncFailedError(StorageError):
     """A sync failed, so what is on disk is unknown; it is never retried."""
 
 
+class TooFarError(StorageError):
+    """A place in a large file was not found in the time that there is for it."""
+
+
+class UnsupportedTypeError(DispatcherError):
+    """A call's body is not said to be JSON."""
+
+
 class BadRequestError(DispatcherError):
     """A client sent something the protocol does not allow."""
 

@@ -56,7 +56,7 @@ from dispatcher.run_command import (
     resume_hint,
 )
 from dispatcher.run_facts import clock, facts_of_summary
-from dispatcher.server_file import TOKEN_VARIABLE, server_file_in
+from dispatcher.server_file import TOKEN_VARIABLE, page_hint, server_file_in
 from dispatcher.storage.files import Files
 from dispatcher.storage.inputs.pipe import CLOSED
 from dispatcher.storage.run_state import PARTIAL_SPOOL_FILE, SPOOL_FILE, load_run_file
@@ -283,6 +283,9 @@ class LocalRun:
         # Should it die and be started again, failures and pauses since this start count.
         once = (ACCEPT_FAILURES, UNPAUSE)
         self._server.argv = [word for word in self._server.argv if word not in once]
+        if ready[1] is not None:
+            place = server_file_in(self._state_dir)
+            self._display.note(page_hint(ready[1], place, wants_token=True))
         return ready[1] is not None
 
     async def _server_is_ready(self) -> re.Match[str]:

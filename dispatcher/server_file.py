@@ -107,6 +107,12 @@ def remove_partial_files(state_dir: Path) -> None:
                 partial.unlink()
 
 
+def page_hint(url: str, path: Path, *, wants_token: bool) -> str:
+    """Return how to watch a run in a browser; of the token only where it is, as logs are kept."""
+    token = f"; the token it asks for is in {path}" if wants_token else ""
+    return f"to watch it, open {url}/ in a browser{token}"
+
+
 def new_token() -> str:
     """Return a token that cannot be guessed: 256 random bits."""
     return secrets.token_urlsafe(_TOKEN_BYTES)

@@ -12,9 +12,10 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -23,6 +24,7 @@ from dispatcher.alarms import Alarms
 from dispatcher.config import RunSettings
 from dispatcher.core.buckets import BATCH_BOUNDS, Buckets
 from dispatcher.core.failures import Jump
+from dispatcher.core.observed import Observed
 from dispatcher.core.pausing import Pause
 from dispatcher.core.results import error_kind, lease_serials, valid_results
 from dispatcher.core.work_queue import (
@@ -138,6 +140,7 @@ class DispatchService:
         self.alarms = Alarms()
         self.failure_trend, self.paused = self.alarms.trend, self.alarms.paused
         self.drain_asked = asyncio.Event()
+        self.observed = Observed()
         self.queue = WorkQueue(settings.policy)
         self.invalid_results = 0
         self.duplicate_results = 0
@@ -199,6 +202,7 @@ class DispatchService:
         self._hear_start()
         self._note_input_end()
         self.alarms.look(self.queue)
+        self.observe()
         self._tasks += [
             asyncio.create_task(self._guard(self._commit_forever())),
             asyncio.create_task(self._guard(self._tick_forever())),
@@ -449,6 +453,21 @@ class DispatchService:
         """The writer, for its figures; None before the start and when there is nothing to write."""
         return self._writer
 
+    @property
+    def run_file(self) -> Mapping[str, Any]:
+        """What run.yaml says of the run."""
+        return self._run_file
+
+    def now(self) -> float:
+        """Return the time by which leases and workers are judged, in awake seconds."""
+        return self._clock.now()
+
+    async def find_waiting(self, work_id: int) -> tuple[Path, int, int] | None:
+        """Return where a result is that waits for an earlier line: file, offset, length."""
+        if self._writer is None or self.finished.is_set():
+            return None
+        return await self._in_writer(self._writer.find_waiting, work_id)
+
     def reported(self) -> WorkerStats:
         """Return what the workers reported since this server started, added up."""
         workers = self.queue.workers.values()
@@ -629,6 +648,7 @@ class DispatchService:
         good = [result for result in results if result is not None]
         if len(good) == len(items) and {item.run for item in items} <= {None, run_id}:
             arrivals = list(zip(work_ids, serials, good, map(error_kind, good), strict=True))
+            self.observed.meet(arrivals, queue.leases)
             outcomes = queue.finish_all(arrivals, now)
         else:
             outcomes = self._take_one_by_one(items, serials, results, now)
@@ -653,6 +673,7 @@ class DispatchService:
                 outcomes.append(self._refuse_result(item, serial, now))
             else:
                 arrival = (item.work_id, serial, result, error_kind(result))
+                self.observed.meet([arrival], self.queue.leases)
                 outcomes += self.queue.finish_all([arrival], now)
         return outcomes
 
@@ -729,6 +750,7 @@ class DispatchService:
     def _queue_events(self) -> None:
         for event in self.queue.take_events():
             self._batch.add(event)
+            self.observed.see(event, time.time())
         self._batch.pasts += self.queue.take_pasts()
         if self._batch.body:
             self._work_queued.set()
@@ -780,6 +802,8 @@ class DispatchService:
         assert self._writer is not None
         writer = self._writer
         behind = writer.output.written < self.queue.first_open
+        # The writer rests meanwhile, so that the two figures are of one moment.
+        self.observed.output_marks.note(writer.output.written, writer.output.size_bytes)
         if behind and writer.output_error is None:
             self._work_queued.set()
         if self.queue.is_complete and not behind and not self._batch.body:
@@ -843,6 +867,7 @@ class DispatchService:
         while True:
             await asyncio.sleep(min(_TICK_S, self.queue.policy.lease_term_s / 4))
             now = self._clock.now()
+            self.observe()
             if self._monotonic() < self._full_until:
                 continue
             self.queue.expire(now)
@@ -857,6 +882,11 @@ class DispatchService:
             ):
                 self._work_queued.set()
             self._notify()  # an idle worker may get a copy of an item that runs too long
+
+    def observe(self) -> None:
+        """Let those who watch see how far the run is, in true seconds."""
+        tokens = self.worker_totals.completion_tokens
+        self.observed.look(self._monotonic(), self.queue, tokens)
 
     async def _confirm_forever(self) -> None:
         """Let others see that this process has the run, and notice when it has it no more."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.dashboard.browser import missing as missing_of_chromium
 from tests.slurm.cluster import Cluster
 from tests.slurm.cluster import missing as missing_of_slurm
 
@@ -43,6 +44,9 @@ def missing_part(item: pytest.Item) -> str | None:
         return f"a real Slurm cannot be started: this machine lacks {lacks}"
     if item.get_closest_marker("shellcheck") is not None and shutil.which("shellcheck") is None:
         return "shellcheck is missing: apt-get install shellcheck"
+    is_marked = item.get_closest_marker("chromium") is not None
+    if is_marked and (lacks := missing_of_chromium()) is not None:
+        return f"a browser cannot be driven: this machine lacks {lacks}"
     return None
 
 

@@ -38,6 +38,16 @@ class WorkerTotals:
         for worker in [name for name in self._by_worker if name not in present]:
             _add(self._departed, self._by_worker.pop(worker), is_alive=False)
 
+    @property
+    def completion_tokens(self) -> int:
+        """The tokens that all workers generated."""
+        living = sum(stats.completion_tokens for stats in self._by_worker.values())
+        return self._departed.completion_tokens + living
+
+    def of(self, worker: str) -> WorkerStats | None:
+        """Return the last word of a worker that was not forgotten."""
+        return self._by_worker.get(worker)
+
     def total(self, alive: Container[str]) -> WorkerStats:
         """Return the sum over all workers; only those that are alive have requests in flight."""
         total = WorkerStats()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from dispatcher.errors import BadRequestError
+from dispatcher.errors import BadRequestError, UnsupportedTypeError
 from dispatcher.models import (
     LATENCY_BOUNDS_S,
     MAX_MODEL_NAME,
@@ -35,6 +35,9 @@ MAX_HELD = 1 << 17
 _LONGEST_INT = 18
 
 _OPEN_PATHS = ("/", "/healthz")
+_PARTS_OF_THE_PAGE = "/page/"
+_JSON = "application/json"
+_NOT_JSON = f'this call takes JSON: send it with the header "Content-Type: {_JSON}"'
 
 
 class Role(Enum):
@@ -53,13 +56,13 @@ class Gate:
     """Tells callers apart by the token they show; without tokens, all of them may do all."""
 
     def __init__(self, token: str | None = None, admin_token: str | None = None) -> None:
-        self._is_open = token is None
+        self.is_open = token is None
         self._worker = _bearer(token)
         self._admin = _bearer(admin_token)
 
     def role(self, authorization: str | None) -> Role:
         """Return what the value of the header `Authorization` allows."""
-        if self._is_open:
+        if self.is_open:
             return ADMIN
         if authorization is None:
             return STRANGER
@@ -77,7 +80,22 @@ class Gate:
 
 def is_for_everybody(method: str, path: str) -> bool:
     """Say whether a call needs no token, as it tells nothing of the run."""
-    return path in _OPEN_PATHS and method in ("GET", "HEAD")
+    is_open = path in _OPEN_PATHS or path.startswith(_PARTS_OF_THE_PAGE)
+    return is_open and method in ("GET", "HEAD")
+
+
+def check_is_json(content_type: str | None, origin: str | None) -> None:
+    """Refuse a POST that a page of somebody else could have a browser send.
+
+    A browser asks the server before it sends JSON there from another site's page, and this server
+    never agrees; forms and plain text it just sends. Older clients may say no type at all, as
+    their protocol names none; a browser says at least from which page the call comes.
+    Raises UnsupportedTypeError.
+    """
+    if content_type == _JSON or (content_type is None and origin is None):
+        return
+    if (content_type or "").partition(";")[0].strip().lower() != _JSON:
+        raise UnsupportedTypeError(_NOT_JSON)
 
 
 def _bearer(token: str | None) -> bytes:

@@ -7,7 +7,6 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable
-from importlib.resources import files
 
 import msgspec
 from aiohttp import hdrs, web
@@ -20,6 +19,7 @@ from dispatcher.errors import (
     BadRequestError,
     DispatcherError,
     StorageFullError,
+    UnsupportedTypeError,
 )
 from dispatcher.models import (
     BatchResultResponse,
@@ -39,17 +39,26 @@ from dispatcher.server.connections import (
     ConnectionLimits,
     Connections,
 )
+from dispatcher.server.item_view import ItemView
 from dispatcher.server.metrics import render_metrics
+from dispatcher.server.overview import Overview, full_status
+from dispatcher.server.page import OPEN_PAGE, PAGE, PageFiles
 from dispatcher.service import DispatchService
 
 SERVICE = web.AppKey("service", DispatchService)
 GATE = web.AppKey("gate", Gate)
 CONNECTIONS = web.AppKey("connections", Connections)
+OVERVIEW = web.AppKey("overview", Overview)
+ITEMS = web.AppKey("items", ItemView)
+PAGE_FILES = web.AppKey("page_files", PageFiles)
 CALL_TIMES = web.AppKey("call_times", dict[str, Buckets])
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 _encode = msgspec.json.Encoder().encode
 _NEVER_S = 1e9
-_TIMED_CALLS = ("/work", "/results", "/release", "/heartbeat", "/steps", "/status", "/metrics")
+_TIMED_CALLS = (
+    *("/work", "/results", "/release", "/heartbeat", "/steps"),
+    *("/status", "/metrics", "/overview"),
+)
 log = logging.getLogger(__name__)
 
 
@@ -82,6 +91,7 @@ def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -
     app = web.Application(client_max_size=access.BODY_BYTES)
     app[SERVICE] = service
     app[CONNECTIONS] = Connections(limits or ConnectionLimits())
+    app[OVERVIEW], app[ITEMS], app[PAGE_FILES] = Overview(service), ItemView(service), PageFiles()
     app[CALL_TIMES] = {path: Buckets(CALL_BOUNDS_S) for path in _TIMED_CALLS}
     app.add_routes(
         [
@@ -91,6 +101,8 @@ def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -
             web.post("/heartbeat", post_heartbeat),
             web.post("/steps", post_steps),
             web.get("/status", get_status),
+            web.get("/overview", get_overview),
+            web.get("/items/{line}", get_item),
             web.post("/work_timeout", post_work_timeout),
             web.post("/max_failures", post_max_failures),
             web.post("/pause", post_pause),
@@ -98,6 +110,7 @@ def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -
             web.get("/metrics", get_metrics),
             web.get("/healthz", get_health),
             web.get("/", get_page),
+            web.get("/page/{name}", get_page),
         ]
     )
     return app
@@ -175,12 +188,17 @@ class FrontDoor:
                 return _unauthorized(access.WRONG_TOKEN if shown else access.NO_TOKEN)
             if not is_here and (request.content_length or 0) > access.BODY_BYTES:
                 return _closing(_problem(413, _TOO_LARGE))
+            if request.method == hdrs.METH_POST:
+                headers = request.headers
+                access.check_is_json(headers.get(hdrs.CONTENT_TYPE), headers.get(hdrs.ORIGIN))
             reply = await self._inside(request)
             if (times := self._times.get(request.path)) is not None:
                 times.observe(time.perf_counter() - began)
             return reply
         except BadRequestError as error:
             return _problem(400, str(error))
+        except UnsupportedTypeError as error:
+            return _closing(_problem(415, str(error)))
         except AccessDeniedError as error:
             return _problem(403, str(error))
         except StorageFullError as error:
@@ -263,10 +281,21 @@ async def post_steps(request: web.Request) -> web.Response:
 
 async def get_status(request: web.Request) -> web.Response:
     """GET /status"""
-    service = request.app[SERVICE]
-    queue = service.queue
-    blocked = queue.policy.window > 0 and not queue.input_ended and queue.window_room() <= 0
-    return _json({**service.status(), "blocked_by_window": blocked})
+    return _json(full_status(request.app[SERVICE]))
+
+
+async def get_overview(request: web.Request) -> web.Response:
+    """GET /overview?since=NEXT"""
+    body = request.app[OVERVIEW].reply(request.query.get("since"))
+    return web.Response(body=body, content_type="application/json", headers=_NOT_KEPT)
+
+
+async def get_item(request: web.Request) -> web.Response:
+    """GET /items/N"""
+    found = await request.app[ITEMS].look(request.match_info["line"])
+    if found is None:
+        return _problem(404, "the input has no such line; they are counted from 0")
+    return web.Response(body=_encode(found), content_type="application/json", headers=_NOT_KEPT)
 
 
 async def post_work_timeout(request: web.Request) -> web.Response:
@@ -336,26 +365,16 @@ async def get_health(request: web.Request) -> web.Response:
 
 
 async def get_page(request: web.Request) -> web.Response:
-    """GET /"""
-    page = files("dispatcher.server").joinpath("dashboard/index.html").read_bytes()
-    return web.Response(
-        body=page,
-        content_type="text/html",
-        charset="utf-8",
-        headers={
-            "Content-Security-Policy": (
-                "default-src 'none'; connect-src 'self'; script-src 'self' 'unsafe-inline'; "
-                "style-src 'self' 'unsafe-inline'; form-action 'none'; base-uri 'none'; "
-                "frame-ancestors 'none'"
-            )
-        },
-    )
+    """GET /, GET /page/NAME"""
+    page = OPEN_PAGE if request.app[GATE].is_open else PAGE
+    return request.app[PAGE_FILES].reply(request, request.match_info.get("name", page))
 
 
 def _json(value: object, status: int = 200) -> web.Response:
     return web.Response(body=_encode(value), status=status, content_type="application/json")
 
 
+_NOT_KEPT = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
 _TOO_LARGE = f"the body is larger than {access.BODY_BYTES >> 20} MiB; send less at a time"
 
 

@@ -49,12 +49,14 @@ from dispatcher.server import tls
 from dispatcher.server.access import Gate
 from dispatcher.server.app import listen, make_app, stop_listening
 from dispatcher.server.connections import ConnectionLimits, raise_file_limit
+from dispatcher.server.overview import full_status
 from dispatcher.server.tls import Tls
 from dispatcher.server_file import (
     ADMIN_TOKEN_FILE,
     DRAINED,
     ServerFile,
     new_token,
+    page_hint,
     read_server_file,
     read_token_file,
     remove_partial_files,
@@ -408,6 +410,8 @@ def _print_start(service: DispatchService, announcement: Announcement) -> None:
             flush=True,
         )
     print(f"  {settings.infile} -> {settings.outfile}", flush=True)
+    hint = page_hint(content.url, announcement.path, wants_token=content.token is not None)
+    print(f"  {hint}", flush=True)
 
 
 async def _serve_until_end(
@@ -442,7 +446,7 @@ async def _tell_progress(service: DispatchService) -> None:
     """Say once a minute how the run goes."""
     display = LogDisplay()
     while not service.finished.is_set() and service.failure is None:
-        display.show(service.status(), time.monotonic())
+        display.show(full_status(service), time.monotonic())
         await asyncio.sleep(_LOOK_EVERY_S)
 
 

@@ -102,6 +102,10 @@ class Journal:
         """Return a segment by its number."""
         return self._segments[number]
 
+    def find_segment(self, number: int) -> Segment | None:
+        """Return a segment by its number; None for one that was dropped."""
+        return self._segments.get(number)
+
     # ---------------------------------------------------------------- writing
 
     def begin_segment(self, epoch: int, body: bytes) -> None:

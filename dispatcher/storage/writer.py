@@ -236,6 +236,17 @@ class RunWriter:
             for work_id in work_ids
         }
 
+    def find_waiting(self, work_id: int) -> tuple[Path, int, int] | None:
+        """Return where a result is that is not in the output yet: file, offset, length.
+
+        The file goes when it is needed no more, which is when the result is in the output.
+        """
+        place = self._index.get(work_id)
+        segment = self._journal.find_segment(place.segment) if place is not None else None
+        if place is None or segment is None:
+            return None
+        return segment.path, place.offset, place.length
+
     def finish_output(self) -> int:
         """Return the output's size once all of it is on disk, under its name.
 

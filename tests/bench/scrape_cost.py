@@ -69,7 +69,8 @@ async def report(url: str, headers: dict[str, str]) -> None:
     async with aiohttp.ClientSession(headers=headers) as session:
         for number in range(_WORKERS):
             beat = HeartbeatRequest(f"worker-{number}", {}, stats=WorkerStats(models=models))
-            async with session.post(f"{url}/heartbeat", data=msgspec.json.encode(beat)) as reply:
+            body = msgspec.to_builtins(beat)
+            async with session.post(f"{url}/heartbeat", json=body) as reply:
                 reply.raise_for_status()
 
 

@@ -577,7 +577,8 @@ class Served:
         """Send a call; `body` is bytes, or a value to send as JSON."""
         data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
         url = URL(f"{self.url}{path}", encoded=True)  # as it stands, however odd
-        async with self.client.request(method, url, data=data) as reply:
+        headers = {"Content-Type": "application/json"}
+        async with self.client.request(method, url, data=data, headers=headers) as reply:
             text = await reply.read()
             try:
                 return Reply(reply.status, json.loads(text))

@@ -43,7 +43,11 @@ CALLS = [
     ("POST", "/drain"),
     ("GET", "/status"),
     ("GET", "/metrics"),
+    ("GET", "/overview"),
+    ("GET", "/items/0"),
     ("GET", "/nowhere"),
+    ("GET", "/page"),
+    ("POST", "/page/main.js"),
     ("GET", "/work/"),
     ("GET", "//healthz"),
     ("POST", "/healthz"),
@@ -149,17 +153,21 @@ def test_with_the_token_the_calls_are_open(server: Server) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-@pytest.mark.parametrize("path", ["/", "/healthz"])
+@pytest.mark.parametrize("path", ["/", "/healthz", "/page/main.js", "/page/page.css"])
 def test_life_and_the_page_are_for_everybody(server: Server, method: str, path: str) -> None:
     for headers in ({}, bearer(OTHER), server.headers):
         assert status_of(server, method, path, headers) == 200
 
 
 def test_the_page_shows_nothing_of_the_run(server: Server) -> None:
-    page = ask(server, "GET", "/", {})[1].decode()
     status = ask(server, "GET", "/status", server.headers)[1]
-    assert status["run"] not in page
-    assert "sessionStorage" in page
+    parts = [*re.findall(r'(?:src|href)="(page/[\w.]+)"', ask(server, "GET", "/", {})[1].decode())]
+    assert "page/main.js" in parts
+    for path in ("/", *(f"/{part}" for part in parts)):
+        text = ask(server, "GET", path, {})[1].decode()
+        assert status["run"] not in text
+        assert server.token is not None
+        assert server.token not in text
 
 
 def test_what_changes_settings_wants_the_admin_token(server: Server) -> None:
