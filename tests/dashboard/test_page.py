@@ -330,33 +330,40 @@ def test_a_run_that_too_many_failed_lines_paused_goes_on_when_they_are_accepted(
         tab.wait_for(has_text("#state", "Running"))
 
 
-@pytest.mark.parametrize(
-    ("button", "title", "do", "path", "body"),
-    [
-        ("Pause…", "Pause the run", "Pause", "/pause", {"paused": True}),
-        ("Drain…", "Drain the server", "Drain", "/drain", {}),
-    ],
-)
-def test_pause_and_drain_are_confirmed_and_sent_with_the_admin_token(
-    server: Server, tab: Tab, button: str, title: str, do: str, path: str, body: object
-) -> None:
+def test_an_operator_pauses_the_run_and_lets_it_go_on(server: Server, tab: Tab) -> None:
     page = tab.open(server.url, server.token)
-    sent: list[tuple[str | None, object]] = []
-
-    def take(route: object) -> None:
-        request = route.request  # type: ignore[attr-defined]
-        sent.append((request.headers.get("authorization"), request.post_data_json))
-        route.fulfill(json={"status": "OK", "message": "done as told"})  # type: ignore[attr-defined]
-
-    page.route(f"**{path}", take)
-    page.get_by_role("button", name=button).click()
-    dialog = page.get_by_role("dialog", name=title)
-    dialog.get_by_label("Admin token").fill("the-admin-token")
-    assert sent == []
-    dialog.get_by_role("button", name=do, exact=True).click()
+    admin_token = server.state_file.with_name("admin.token").read_text().strip()
+    page.get_by_role("button", name="Pause").click()
+    dialog = page.get_by_role("dialog", name="Pause the run")
+    dialog.get_by_label("Why").fill("the prompts have a typing error")
+    dialog.get_by_label("Admin token").fill(admin_token)
+    assert "Running" in tab.text("#state")
+    dialog.get_by_role("button", name="Pause", exact=True).click()
     dialog.wait_for(state="hidden")
-    assert sent == [("Bearer the-admin-token", body)]
-    assert page.locator("#announcer").text_content() == "done as told"
+    tab.wait_for(has_text("#state", "Paused"))
+    assert "Paused by an operator (the prompts have a typing error)" in tab.text("#notices")
+    with server.client("w") as client:
+        assert client.get_work(1).items == []
+        page.get_by_role("button", name="Go on").click()
+        page.get_by_role("dialog").get_by_role("button", name="Go on", exact=True).click()
+        tab.wait_for(has_text("#state", "Running"))
+        assert len(client.get_work(1).items) == 1
+
+
+def test_a_server_that_is_drained_takes_results_and_ends(server: Server, tab: Tab) -> None:
+    page = tab.open(server.url, server.token)
+    admin_token = server.state_file.with_name("admin.token").read_text().strip()
+    with server.client("w") as client:
+        (item,) = client.get_work(1).items
+        page.get_by_role("button", name="Drain").click()
+        page.get_by_label("Admin token").fill(admin_token)
+        page.get_by_role("button", name="Drain", exact=True).click()
+        tab.wait_for(has_text("#state", "Draining"))
+        assert client.get_work(1).items == []
+        item.set_result('{"a": 1}')
+        assert client.submit_results([item]).count == 1
+    assert server.process.wait(deadline_s=30) == 3
+    tab.wait_for(has_text("#state", "No answer"))
 
 
 def test_a_server_that_does_not_know_a_change_is_told_kindly(server: Server, tab: Tab) -> None:

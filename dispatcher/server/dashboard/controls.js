@@ -74,10 +74,10 @@ export class Controls {
     }
   }
 
-  // A pause by too many failed lines is ended by accepting them.
+  // A pause by too many failed lines is ended by accepting them; then an operator's may be left.
   ofPause() {
     if (!this.status?.paused) return CHANGES.pause;
-    return "limit" in this.status.paused ? CHANGES.accept : CHANGES.goOn;
+    return this.status.paused.by.includes("failures") ? CHANGES.accept : CHANGES.goOn;
   }
 
   ask(chosen) {
