@@ -116,6 +116,7 @@ export class Chart {
     setAttribute(this.failed, "d", fails ? path(this.second) : "");
     this.legend.hidden = !fails;
     this.empty.hidden = peak > 0;
+    setText(this.empty, points.length > 1 ? "None in this time." : "Nothing to draw yet.");
     setText(this.now, rate(current));
     this.summarise(values, seconds, current);
   }
@@ -128,7 +129,7 @@ export class Chart {
       if (peak > 0 || i === 0) labels.y.push([LEFT - 8, y(value) + 4, brief(value)]);
       const rule = (this.rules[i] ||= this.grid.appendChild(svg("line")));
       setAttribute(rule, "x1", String(LEFT));
-      setAttribute(rule, "x2", String(width - RIGHT));
+      setAttribute(rule, "x2", String(peak > 0 || i === 0 ? width - RIGHT : LEFT));
       setAttribute(rule, "y1", y(value).toFixed(1));
       setAttribute(rule, "y2", y(value).toFixed(1));
     }
