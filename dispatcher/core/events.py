@@ -125,10 +125,14 @@ class FailureLimitSet(msgspec.Struct, frozen=True, array_like=True, gc=False, ta
 
 
 class FailuresAccepted(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="accept"):
-    """The lines that failed so far count no more against the limit: `failed` of `done` lines."""
+    """The lines that failed so far count no more against the limit: `failed` of `done` lines.
+
+    `errors` counts them by kind.
+    """
 
     done: int
     failed: int
+    errors: dict[str, int] = {}
 
 
 class FailuresPaused(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="too-many"):
@@ -309,6 +313,7 @@ class FailureState(msgspec.Struct, frozen=True, array_like=True):
     limit: str = ""
     instead_of: str = ""
     paused: FailuresPaused | None = None
+    accepted_errors: dict[str, int] = {}
 
 
 class QueueState(msgspec.Struct, frozen=True):

@@ -90,7 +90,11 @@ class Pauses:
             said = replace(said, limit=event.limit, instead_of=event.instead_of, paused=None)
         elif isinstance(event, FailuresAccepted):
             said = replace(
-                said, accepted_done=event.done, accepted_failed=event.failed, paused=None
+                said,
+                accepted_done=event.done,
+                accepted_failed=event.failed,
+                accepted_errors=event.errors,
+                paused=None,
             )
         elif isinstance(event, FailuresPaused):
             said = replace(said, paused=event)
@@ -120,7 +124,9 @@ class Pauses:
         limit = self.limit(begun_with)
         if not parse_failure_limit(limit).is_exceeded(failed, done):
             return None
-        return FailuresPaused(limit, failed, done, commonest(counters.errors, lines))
+        accepted = said.accepted_errors
+        errors = {kind: n - accepted.get(kind, 0) for kind, n in counters.errors.items()}
+        return FailuresPaused(limit, failed, done, commonest(errors, lines))
 
     def _current(self) -> Pause | None:
         by: list[By] = []

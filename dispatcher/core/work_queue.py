@@ -521,7 +521,9 @@ class WorkQueue:
 
     def accept_failures(self) -> None:
         """Count failed lines anew from here, as if none had failed; a paused run goes on."""
-        self._record(FailuresAccepted(self.counters.done, self.counters.failed), now=0.0)
+        counters = self.counters
+        accepted = FailuresAccepted(counters.done, counters.failed, dict(counters.errors))
+        self._record(accepted, now=0.0)
         self._pause_if_too_many_failed()
 
     def pause_for_operator(self, reason: str) -> None:

@@ -372,7 +372,21 @@ def test_what_was_said_of_failures_is_made_durable() -> None:
     run.queue.take_events()
     run.queue.set_max_failures("50%")
     run.queue.accept_failures()
-    assert run.queue.take_events() == [FailureLimitSet("50%", "5%"), FailuresAccepted(200, 20)]
+    assert run.queue.take_events() == [
+        FailureLimitSet("50%", "5%"),
+        FailuresAccepted(200, 20, {"no_answer": 20}),
+    ]
+
+
+def test_a_pause_after_failures_were_accepted_counts_only_those_since_by_cause() -> None:
+    run = paused_run()
+    run.queue.accept_failures()
+    run.finish(run.take(150), failed=11)
+    assert run.queue.pause is not None
+    assert (run.queue.pause.failed, run.queue.pause.done) == (11, 150)
+    assert run.queue.pause.cause is not None
+    assert run.queue.pause.cause.count == 11
+    assert run.restarted().pause == run.queue.pause
 
 
 # --- failures jump --------------------------------------------------------------------------
