@@ -43,7 +43,7 @@ from dispatcher.input_options import INPUT_HELP, input_path, is_data_set, is_sta
 from dispatcher.pause_notes import PauseNotes
 from dispatcher.preview.command import add_preview_options, preview
 from dispatcher.progress import Display, LogDisplay, make_display, model_lines
-from dispatcher.remedies import ACCEPT_FAILURES, UNPAUSE
+from dispatcher.remedies import ACCEPT_FAILURES, UNPAUSE, options_that_go_on
 from dispatcher.run_command import (
     LOCAL_RUN,
     Handed,
@@ -79,6 +79,8 @@ _SERVER_READY_S = 120.0
 _LOOK_EVERY_S = 5.0
 _WORKERS_STOP_S = 3.0
 _SERVER_STOP_S = 1.5
+_COMPLETE_STOP_S = 10.0
+"""A server whose run is complete ends at once, or when an open page has seen it."""
 _READY = r"dispatcher-server: (?:run \S+ at (http\S+)|(the run is complete))"
 
 _EXAMPLES = """\
@@ -404,15 +406,20 @@ class LocalRun:
         await asyncio.gather(*(w.process.stop(_WORKERS_STOP_S) for w in self._workers))
         if self._client is not None:
             await self._client.close()
-        await self._server.process.stop(_SERVER_STOP_S)
+        is_complete = self._status.get("state") == "complete"
+        await self._server.process.stop(_COMPLETE_STOP_S if is_complete else _SERVER_STOP_S)
 
     def _summary(self, seconds: float) -> int:
         run_file = load_run_file(self._state_dir, Files()) or {}
         if run_file.get("state") != "complete":
-            done = self._status.get("done", 0)
+            ended = "stopped"
+            if self._server.is_drained_server:
+                ended = "drained (somebody asked the server to end)"
+            paused = self._status.get("paused")
+            unpause = f" {options_that_go_on(paused['by'])}" if paused else ""
             self._display.note(
-                f"stopped after {clock(seconds)} with {done} lines done; go on with: "
-                f"{self._resume_hint}"
+                f"{ended} after {clock(seconds)} with at least {self._status.get('done', 0)} lines "
+                f"done; go on with: {self._resume_hint}{unpause}"
             )
             return ExitCode.STOPPED
         summary = run_file.get("summary", {})

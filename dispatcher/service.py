@@ -521,6 +521,11 @@ class DispatchService:
             "output_error": self._writer.output_error if self._writer else None,
         }
 
+    @property
+    def is_draining(self) -> bool:
+        """Whether nothing more is handed out because this server is about to end."""
+        return self._draining and not self.finished.is_set()
+
     def _state(self) -> str:
         if self.finished.is_set():
             return "complete"

@@ -37,7 +37,7 @@ async def pause(service: DispatchService, reason: str) -> str:
         return f"{_COMPLETE}, there is nothing to pause"
     await service.decide(lambda queue: queue.pause_for_operator(reason))
     said = f"{service.queue.pause}; to go on: {_lifts(service.queue.pause)}"
-    if _is_ending(service):
+    if service.is_draining:
         return f"{said}; this server is ending, and the run stays paused when it is started again"
     return said
 
@@ -50,7 +50,7 @@ async def resume(service: DispatchService) -> str:
     await service.decide(lambda queue: queue.resume())
     if (left := service.queue.pause) is not None:
         return f"still {left}; to go on: {_lifts(left)}"
-    if _is_ending(service):
+    if service.is_draining:
         return "the run is not paused, but this server is ending: it goes on when started again"
     return "the run goes on" if was_paused else "the run was not paused"
 
@@ -69,7 +69,3 @@ async def drain(service: DispatchService) -> str:
 
 def _lifts(found: Pause | None) -> str:
     return calls_that_go_on(found.by) if found is not None else ""
-
-
-def _is_ending(service: DispatchService) -> bool:
-    return bool(service.status()["state"] == "draining")

@@ -47,6 +47,15 @@ def asked(address: str, path: str, body: Any, token: str | None) -> tuple[int, s
         connection.close()
 
 
+def health(server: Server) -> int:
+    connection = http.client.HTTPConnection(server.address, timeout=10)
+    try:
+        connection.request("GET", "/healthz")
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[str | Path, ...]:
     (tmp_path / "in.jsonl").write_text('{"q": 1, "how": "fine"}\n' * 40)
@@ -161,6 +170,7 @@ def test_a_drained_server_takes_what_is_under_way_ends_with_3_and_can_be_gone_on
         assert client.get_work(3).items == []
         assert told(state, "/drain", {})[0] == 200
         assert state_of(server) == "draining"
+        assert health(server) == 503
         for item in items:
             item.set_result('{"ok": true}')
         assert client.submit_results(items).count == 3
@@ -231,8 +241,10 @@ def test_dispatcher_run_on_a_run_that_an_operator_paused_starts_no_model_until_i
     state = tmp_path / "out.dispatch"
     with running(*local_run(tmp_path)) as process, until_begun(process, state):
         told(state, "/pause", {"paused": True})
+        process.wait_for_line(re.compile(r"^paused by an operator; it waits for"), END_S)
         process.stop()
         assert process.wait(END_S) == 3, process.output
+        assert process.output.rstrip().endswith(f"dispatcher run --resume {state} --unpause")
     with running(*CLI, "run", "--resume", state) as process:
         process.wait_for_line(re.compile(r"^paused by an operator; it waits for"), END_S)
         looked = looks(state)
@@ -253,7 +265,9 @@ def test_dispatcher_run_ends_with_its_drained_server_and_does_not_start_it_again
         assert told(state, "/drain", {})[0] == 200
         assert process.wait(END_S) == 3, process.output
         assert "starting it again" not in process.output
-        assert f"go on with: dispatcher run --resume {state}" in process.output.splitlines()[-1]
+        last = process.output.splitlines()[-1]
+        assert last.startswith("drained (somebody asked the server to end) after ")
+        assert f"go on with: dispatcher run --resume {state}" in last
     with running(*CLI, "run", "--resume", state) as process:
         assert process.wait(END_S) == 0, process.output
     assert len((tmp_path / "out").read_text().splitlines()) == 300

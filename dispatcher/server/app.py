@@ -359,7 +359,7 @@ async def get_metrics(request: web.Request) -> web.Response:
 async def get_health(request: web.Request) -> web.Response:
     """GET /healthz: the process answers; with 503, it does not take work any more."""
     service = request.app[SERVICE]
-    if service.failure is not None:
+    if service.failure is not None or service.is_draining:
         return web.Response(status=503, text="stopping\n")
     return web.Response(text="ok\n")
 

@@ -36,6 +36,7 @@ from dispatcher.errors import (
 )
 from dispatcher.input_options import INPUT_HELP, input_path
 from dispatcher.progress import LogDisplay
+from dispatcher.remedies import options_that_go_on
 from dispatcher.run_command import (
     SERVER,
     add_resume_options,
@@ -47,9 +48,9 @@ from dispatcher.run_command import (
 )
 from dispatcher.server import tls
 from dispatcher.server.access import Gate
-from dispatcher.server.app import listen, make_app, stop_listening
+from dispatcher.server.app import OVERVIEW, listen, make_app, stop_listening
 from dispatcher.server.connections import ConnectionLimits, raise_file_limit
-from dispatcher.server.overview import full_status
+from dispatcher.server.overview import PAGE_LOOKS_EVERY_S, Overview, full_status
 from dispatcher.server.tls import Tls
 from dispatcher.server_file import (
     ADMIN_TOKEN_FILE,
@@ -296,7 +297,7 @@ async def serve(settings: RunSettings, network: Network, ownership: Ownership) -
             logs.know(run=service.run_id)
             if not network.is_quiet:
                 telling = asyncio.create_task(_tell_progress(service))
-            return await _serve_until_end(service, announcement, stop)
+            return await _serve_until_end(service, announcement, stop, app[OVERVIEW])
         finally:
             if telling is not None:
                 telling.cancel()
@@ -415,7 +416,7 @@ def _print_start(service: DispatchService, announcement: Announcement) -> None:
 
 
 async def _serve_until_end(
-    service: DispatchService, announcement: Announcement, stop: asyncio.Event
+    service: DispatchService, announcement: Announcement, stop: asyncio.Event, overview: Overview
 ) -> int:
     waits = (stop, service.drain_asked, service.finished, service.stopped)
     await _first_of(*(event.wait() for event in waits))
@@ -423,7 +424,7 @@ async def _serve_until_end(
         raise service.failure
     if service.finished.is_set():
         announcement.write_if_possible("complete")
-        await _linger(service, stop)
+        await _linger(service, stop, overview)
         counters = service.queue.counters
         print(f"dispatcher-server: complete, {counters.done} lines, {counters.failed} with errors")
         return ExitCode.COMPLETE
@@ -438,7 +439,10 @@ async def _serve_until_end(
     announcement.write_if_possible(ended)
     settings = service.settings
     program = (settings.command or {}).get("program", SERVER)
-    print(f"dispatcher-server: {ended}; go on with: {resume_hint(program, settings.state_dir)}")
+    pause = service.queue.pause
+    unpause = f" {options_that_go_on(pause.by)}" if pause is not None else ""
+    hint = resume_hint(program, settings.state_dir)
+    print(f"dispatcher-server: {ended}; go on with: {hint}{unpause}")
     return ExitCode.STOPPED
 
 
@@ -450,8 +454,9 @@ async def _tell_progress(service: DispatchService) -> None:
         await asyncio.sleep(_LOOK_EVERY_S)
 
 
-async def _linger(service: DispatchService, stop: asyncio.Event) -> None:
-    """Stay a while, so that workers hear that there is nothing more to do."""
+async def _linger(service: DispatchService, stop: asyncio.Event, overview: Overview) -> None:
+    """Stay a while, so that workers hear that there is nothing more to do, and an open page."""
+    complete_at = time.monotonic()
 
     async def everybody_told() -> None:
         loop = asyncio.get_running_loop()
@@ -463,6 +468,11 @@ async def _linger(service: DispatchService, stop: asyncio.Event) -> None:
             await asyncio.sleep(0.1)
 
     await _first_of(everybody_told(), stop.wait())
+    # Told to end, as `dispatcher run` does at once: a page would say for ever that nobody answers.
+    while overview.asked_at < complete_at <= overview.asked_at + 2 * PAGE_LOOKS_EVERY_S:
+        if time.monotonic() > complete_at + 2 * PAGE_LOOKS_EVERY_S:
+            break
+        await asyncio.sleep(0.05)
 
 
 async def _drain(service: DispatchService) -> None:

@@ -15,6 +15,9 @@ from dispatcher.server.shown_settings import shown_settings
 from dispatcher.service import DispatchService
 
 MOST_WORKERS = 500
+PAGE_LOOKS_EVERY_S = 2.0
+"""How often a page that somebody has before their eyes looks."""
+
 REUSED_FOR_S = 0.9
 """How long a reply serves other pages, too: below the interval at which one page looks."""
 
@@ -24,9 +27,10 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Overview:
-    """Makes the replies about one run."""
+    """Makes the replies about one run. `asked_at` is when somebody last looked, by time.monotonic."""
 
     def __init__(self, service: DispatchService) -> None:
+        self.asked_at = float("-inf")
         self._service = service
         self._common = b""
         self._made_at = float("-inf")
@@ -38,6 +42,7 @@ class Overview:
         """
         service = self._service
         epoch, seq = _parse_since(since)
+        self.asked_at = time.monotonic()
         is_first = epoch != service.epoch
         own: dict[str, Any] = {"points": self._points(0 if is_first else seq)}
         if is_first:

@@ -26,14 +26,14 @@ from pathlib import Path
 
 import aiohttp
 
-from dispatcher.server.overview import REUSED_FOR_S
+from dispatcher.server.overview import PAGE_LOOKS_EVERY_S, REUSED_FOR_S
 from tests.bench.measure import cpu_seconds
 from tests.bench.scrape_cost import report
 from tests.bench.server_cost import LINE, Cost, Setting, headers_for, measure, server
 
 _SETTING = Setting(batch=64, connections=16, want=True, token=True)
 _SPARE_LINES = 8192
-_EVERY_S = 2.0
+_EVERY_S = PAGE_LOOKS_EVERY_S
 _FAILED_LINES = 50
 
 

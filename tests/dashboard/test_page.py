@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,8 +14,9 @@ import pytest
 
 from dispatcher.client import WorkClient
 from dispatcher.models import HeartbeatRequest, ModelStats, WorkerStats
+from dispatcher.server_file import read_server_file
 from tests.dashboard.browser import PHONE, Tab, chromium
-from tests.support.processes import Server, dispatcher_server
+from tests.support.processes import Server, dispatcher_server, running
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -364,6 +367,23 @@ def test_a_server_that_is_drained_takes_results_and_ends(server: Server, tab: Ta
         assert client.submit_results([item]).count == 1
     assert server.process.wait(deadline_s=30) == 3
     tab.wait_for(has_text("#state", "No answer"))
+
+
+def test_the_page_of_a_run_on_this_machine_sees_its_end(tmp_path: Path, browser: Browser) -> None:
+    infile, state_dir = tmp_path / "in.jsonl", tmp_path / "out.jsonl.dispatch"
+    infile.write_text('{"messages": [{"role": "user", "content": "hello"}]}\n' * 30)
+    command = ["-m", "dispatcher.cli", "run", "--task", "examples/chat_task.py:ChatTask"]
+    command += ["--input", str(infile), "--output", str(tmp_path / "out.jsonl"), "--workers", "2"]
+    command += ["--backend", "fake", "--fakellm-args=--latency-s 0.4"]
+    watching = Tab(browser)
+    with running(sys.executable, *command) as run:
+        run.wait_for_line(re.compile("to watch it, open "))
+        found = read_server_file(state_dir)
+        watching.open(found.url, found.token)
+        assert run.wait(60) == 0, run.output
+        watching.wait_for(has_text("#state", "Complete"))
+        assert "30 of 30 lines" in watching.text("#run")
+    watching.close()
 
 
 def test_a_server_that_does_not_know_a_change_is_told_kindly(server: Server, tab: Tab) -> None:
