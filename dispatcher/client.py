@@ -74,7 +74,7 @@ _LATER = (408, 425, 429)
 _NOT_TLS = ("WRONG_VERSION_NUMBER", "UNKNOWN_PROTOCOL", "RECORD_LAYER_FAILURE", "BAD_RECORD_TYPE")
 """What OpenSSL, in its versions, says of an answer that is no TLS."""
 _WHICH_TOKEN = (
-    " (is the token that of another run? give --dispatcher @STATE/server.json, or the token with "
+    " (is the token that of another run? name it as @STATE/server.json, or give the token with "
     "--token-file or in DISPATCHER_TOKEN)"
 )
 _encode = msgspec.json.Encoder().encode
@@ -239,7 +239,7 @@ class Location:
         if place.fingerprint is None and isinstance(error, ssl.SSLCertVerificationError):
             _say_once(
                 f"this system does not trust the certificate of {url} ({error.verify_message}), "
-                "so nothing was sent to it; give --dispatcher @STATE/server.json, or the "
+                "so nothing was sent to it; name the server as @STATE/server.json, or give the "
                 "certificate's SHA-256 fingerprint with --server-fingerprint or in "
                 "DISPATCHER_FINGERPRINT"
             )

@@ -91,7 +91,7 @@ async def _watch(args: argparse.Namespace) -> int:
     )
     display = make_display(sys.stdout)
     try:
-        await Watch(client, display, state_dir, args.every).run()
+        await Watch(client, display, args.address, state_dir, args.every).run()
     finally:
         display.close()
         await client.close()
@@ -114,9 +114,15 @@ class Watch:
     """Looks at a run until it is complete. `state_dir` is None where only its address is known."""
 
     def __init__(
-        self, client: AsyncWorkClient, display: Display, state_dir: Path | None, every_s: float
+        self,
+        client: AsyncWorkClient,
+        display: Display,
+        address: str,
+        state_dir: Path | None,
+        every_s: float,
     ) -> None:
         self._client = client
+        self._address = address
         self._display = display
         self._state_dir = state_dir
         self._every_s = every_s
@@ -168,7 +174,7 @@ class Watch:
                     return "the server was stopped; waiting for it to be started again"
             except (OSError, DispatcherError):
                 pass
-        return "the server does not answer; waiting for it"
+        return f"no server answers at {self._address}; waiting for one (Ctrl-C ends that)"
 
     def _summary(self) -> dict[str, Any] | None:
         """Return the summary in run.yaml once that says that the run is complete."""

@@ -80,7 +80,7 @@ examples:
   dispatcher-task-run --task my_tasks.py:MyTask --model org/model \\
       --input prompts.jsonl --output answers.jsonl     # no server, one file
 
-exit codes: 0 complete, 1 error, 2 usage, 3 stopped and resumable, 4 complete with __ERROR__ lines,
+exit codes: 0 complete, 1 error, 2 usage, 3 stopped and resumable,
 5 the server stayed away too long"""
 
 
@@ -363,6 +363,9 @@ async def _run_manager(
         raise
     manager = Manager(source, backend)
     await manager.run()
+    if args.dispatcher is None and from_file.service.finished.is_set():
+        done = from_file.service.queue.counters
+        print(f"dispatcher-task-run: complete, {done.done} lines, {done.failed} with errors")
 
 
 def _stats(backend: Backend, manager: Manager | None) -> WorkerStats:

@@ -141,7 +141,7 @@ def test_what_is_no_number_is_refused(run: Run, line: str) -> None:
 
 def test_a_line_that_the_input_has_not_is_not_found(run: Run) -> None:
     server, client = run
-    for line in (LINES, LINES + 5, 10**14):
+    for line in (LINES, LINES + 5, 10**14, 10**30):
         assert look(server, line)[0] == 404
     client.get_work(LINES)
     assert look(server, LINES)[0] == 404
