@@ -27,7 +27,10 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Overview:
-    """Makes the replies about one run. `asked_at` is when somebody last looked, by time.monotonic."""
+    """Makes the replies about one run.
+
+    `asked_at` is when somebody last looked, by time.monotonic.
+    """
 
     def __init__(self, service: DispatchService) -> None:
         self.asked_at = float("-inf")

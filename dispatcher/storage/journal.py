@@ -292,7 +292,7 @@ class Journal:
         if data is None:
             raise CorruptJournalError(
                 f"{segment.path} is missing although results in it are needed; restore it from a "
-                "backup, or start a new run with another --state and --outfile"
+                "backup, or start a new run with another --state and output"
             )
         return data
 
@@ -426,7 +426,7 @@ def _frame_at(data: bytes, offset: int) -> Frame | None:
 def _damaged(path: Path, offset: int, how: str) -> CorruptJournalError:
     return CorruptJournalError(
         f"{path} is damaged at byte {offset} ({how}); restore the file from a backup, or start "
-        "a new run with another --state and --outfile"
+        "a new run with another --state and output"
     )
 
 

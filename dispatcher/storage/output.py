@@ -41,7 +41,7 @@ class OrderedOutput:
                 raise StateError(
                     f"the output {self.path} is not what this run wrote ({size} bytes; the run "
                     f"had written {positions[0].size_bytes if positions else 0}); restore it, "
-                    "or start a new run with another --outfile"
+                    "or start a new run with another output"
                 )
         except OSError as error:
             raise self._unusable(error) from error
@@ -100,7 +100,7 @@ class OrderedOutput:
 
     def _unusable(self, error: OSError) -> StorageError:
         return StorageError(
-            f"cannot write the output {self.path}: {error.strerror}; give --outfile a path in a "
+            f"cannot write the output {self.path}: {error.strerror}; name an output in a "
             "directory you may write to"
         )
 

@@ -29,7 +29,7 @@ def check_input(settings: RunSettings, before: dict[str, Any], now: dict[str, An
     raise StateError(
         f"the input {settings.infile} is not the one this run began with: "
         f"{_input_change(before, now)} changed; restore it, or start a new run with another "
-        "--outfile"
+        "output"
     )
 
 

@@ -342,7 +342,7 @@ class RunWriter:
         return CorruptJournalError(
             f"the result of line {work_id} is in no segment of {self._journal_dir}: one is "
             "missing; restore it from a backup, or start a new run with another --state and "
-            "--outfile"
+            "output"
         )
 
     # ---------------------------------------------------------------- inside: segments
