@@ -136,10 +136,45 @@ def test_places_within_are_json_text_by_themselves(
     assert [json.loads(line) for line in text_of(tmp_path / "out.parquet").splitlines()] == rows
 
 
+DEPTHS = pytest.mark.parametrize("depth", [15, 16, 17, 50, 600])
+
+
+@DEPTHS
+@pytest.mark.parametrize("odd", ["", ", 1e400", ', "\\\\\\ud800"'], ids=["plain", "huge", "half"])
+def test_lists_of_any_depth_are_in_a_file_that_can_be_read(
+    depth: int, odd: str, tmp_path: Path
+) -> None:
+    deep = "[" * depth + "7" + odd + "]" * depth
+    table = to_parquet(tmp_path, [f'{{"x": {deep}}}\n', '{"x": []}\n'])
+    assert table.num_rows == 2
+    if not odd:
+        assert text_of(tmp_path / "out.parquet").splitlines()[0] == b'{"x":' + deep.encode() + b"}"
+
+
+@DEPTHS
+def test_lists_and_objects_in_turns_are_in_a_file_that_can_be_read(
+    depth: int, tmp_path: Path
+) -> None:
+    half = depth // 2
+    deep = '[{"a": ' * half + "7" + "}]" * half
+    to_parquet(tmp_path, [f'{{"x": {deep}}}\n'])
+    assert json.loads(text_of(tmp_path / "out.parquet")) == {"x": json.loads(deep)}
+
+
+def test_a_line_that_is_nested_beyond_all_bounds_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = complete_run(tmp_path, ['{"x": 1}\n', '{"x": ' + "[" * 5000 + "]" * 5000 + "}\n"])
+    said = refused(capsys, output, "--to", tmp_path / "x.parquet")
+    assert "line 1 of" in said
+    assert "nested too deeply" in said
+
+
 def test_odd_lines_are_exported_too(tmp_path: Path) -> None:
     lines = ['{"a": "\\ud800x"}\n', "[1, 2]\n", '{"a": 1e400}\n', '{"a": 1, "a": "last"}\n']
     table = to_parquet(tmp_path, lines)
     assert table.num_rows == 4
+    assert table.column("a").to_pylist()[0] == '"\ufffdx"'
     assert table.column("__VALUE__").to_pylist()[1] == [1, 2]
 
 

@@ -137,9 +137,12 @@ def write_parquet(
     with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for line in wanted:
             row = row_of(lines, line)
-            for name, convert in converts.items():
-                if row.get(name) is not None:
-                    row[name] = convert(row[name])
+            try:
+                for name, convert in converts.items():
+                    if row.get(name) is not None:
+                        row[name] = convert(row[name])
+            except RecursionError as error:
+                raise lines.too_deep(line) from error
             rows.append(row)
             size += len(line.text)
             if len(rows) >= _GROUP_ROWS or size >= _GROUP_BYTES:
