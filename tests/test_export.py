@@ -40,7 +40,11 @@ def complete_run(directory: Path, lines: list[Any], state: str = "complete") -> 
         "run": "abc",
         "state": state,
         "output_bytes": output.stat().st_size,
-        "settings": {"output": str(output), "input": "in.jsonl", "state": str(state_dir)},
+        "settings": {
+            "output": str(output),
+            "input": str(directory / "in.jsonl"),
+            "state": str(state_dir),
+        },
         "command": {"program": "dispatcher run", "options": {}},
     }
     (state_dir / "run.yaml").write_text(yaml.safe_dump(content))
@@ -302,6 +306,40 @@ def test_what_cannot_be_right_is_refused_in_a_sentence(
     assert there.read_text() == "precious"
     left = {"out.jsonl", "out.jsonl.dispatch", "there.parquet", "folder.jsonl"}
     assert {path.name for path in tmp_path.iterdir()} == left
+
+
+@pytest.mark.parametrize("option", ["--to", "--errors-to"])
+def test_the_files_of_the_run_itself_are_never_replaced(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}])
+    state_dir = tmp_path / "out.jsonl.dispatch"
+    (infile := tmp_path / "in.jsonl").write_text("precious")
+    (link := tmp_path / "link.jsonl").symlink_to(infile)
+    (spool := state_dir / "input.jsonl").write_text("precious")
+    other = [] if option == "--to" else ["--to", tmp_path / "x.jsonl"]
+    for mine in (infile, link):
+        assert "the input of the run" in refused(capsys, output, *other, option, mine, "--force")
+    for mine in (spool, state_dir / "new.jsonl"):
+        assert "state directory" in refused(capsys, output, *other, option, mine, "--force")
+    assert "the output itself" in refused(capsys, output, *other, option, output, "--force")
+    assert [path.read_text() for path in (infile, spool)] == ["precious", "precious"]
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_a_file_of_an_input_that_is_a_directory_is_never_replaced(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}])
+    (part := tmp_path / "set" / "part.parquet").parent.mkdir()
+    part.write_text("precious")
+    run_file = tmp_path / "out.jsonl.dispatch" / "run.yaml"
+    content = yaml.safe_load(run_file.read_text())
+    content["settings"]["input"] = f"{prefix}{part.parent}"
+    run_file.write_text(yaml.safe_dump(content))
+    assert "part of it" in refused(capsys, output, "--to", part, "--force")
+    assert part.read_text() == "precious"
 
 
 def test_a_file_is_replaced_when_asked_to(tmp_path: Path) -> None:
