@@ -731,6 +731,16 @@ def test_only_lines_of_the_kinds_asked_for_are_written(
     assert target.read_text() == '{"n": 3}\n{"n": 7}\n'
 
 
+@pytest.mark.parametrize("name", ["again.jsonl.gz", "again.JSONL.ZST", "again.parquet"])
+def test_failed_lines_get_no_name_of_another_kind_of_file(
+    name: str, tmp_path: Path, refused: Refused
+) -> None:
+    settings = make_run(tmp_path, fails_at(1))
+    code, said = refused(settings.state_dir, "--failed-to", tmp_path / name)
+    assert (code, "let the name end in .jsonl" in said) == (2, True)
+    assert not list(tmp_path.glob("again*"))
+
+
 def test_an_existing_file_is_never_overwritten(tmp_path: Path, refused: Refused) -> None:
     settings = make_run(tmp_path, fails_at(1))
     target = tmp_path / "again.jsonl"

@@ -22,6 +22,7 @@ from dispatcher.runs.lines import LineReader, error_lines
 from dispatcher.storage.files import Files
 
 ORIGIN_SUFFIX = ".origin"
+_OTHER_KINDS = (".gz", ".zst", ".parquet")
 _BUFFER_BYTES = 1 << 20
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
@@ -52,8 +53,10 @@ def write_failed(run: FoundRun, target: Path, kinds: Collection[str], files: Fil
     """Write the input lines whose result is an error, of these kinds or any, to a new file.
 
     Returns what was found; nothing is written when that is no line. Raises UsageError when the
-    file exists, StateError when the run's files are not what it wrote, StorageError.
+    file exists or its name is not one of a file of lines, StateError when the run's files are not
+    what it wrote, StorageError.
     """
+    _check_kind(target)
     _check_new(target)
     _check_output(run)
     found = find_failed(run, kinds)
@@ -106,6 +109,15 @@ def sha256_of(path: Path) -> str:
 
 
 # -------------------------------------------------------------------- inside: checks
+
+
+def _check_kind(target: Path) -> None:
+    """Refuse a name that a run takes for another kind of file than one of lines."""
+    if target.suffix.lower() in _OTHER_KINDS:
+        raise UsageError(
+            f"--failed-to {target}: the lines are written as they are, neither compressed nor as "
+            "Parquet; let the name end in .jsonl"
+        )
 
 
 def _check_new(target: Path) -> None:
