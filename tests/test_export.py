@@ -96,6 +96,25 @@ def test_an_error_is_a_row_at_its_place(tmp_path: Path) -> None:
     assert [text and json.loads(text) for text in texts] == [None, ERROR["__ERROR__"], None]
 
 
+ODD_ERROR = {**ERROR, "work_id": 99, "id": "seven"}
+
+
+def test_an_error_with_other_keys_is_whole_in_its_column(tmp_path: Path) -> None:
+    table = to_parquet(tmp_path, [ODD_ERROR, {"id": 2}])
+    assert table.column_names == ["__ERROR__", "id"]
+    assert table.column("id").to_pylist() == [None, 2]
+    assert json.loads(table.column("__ERROR__")[0].as_py()) == ODD_ERROR
+
+
+def test_errors_elsewhere_have_the_number_of_their_line_whatever_they_hold(tmp_path: Path) -> None:
+    errors = tmp_path / "errors.jsonl"
+    to_parquet(tmp_path, [ODD_ERROR, {"id": 2}, ERROR], "--errors-to", str(errors))
+    assert [json.loads(line) for line in errors.read_text().splitlines()] == [
+        {"work_id": 0, "__ERROR__": ODD_ERROR},
+        {"work_id": 2, **ERROR},
+    ]
+
+
 def test_columns_come_and_go(tmp_path: Path) -> None:
     table = to_parquet(tmp_path, [{"a": 1}, {"b": "x"}, {}, {"a": None, "c": []}])
     assert table.to_pylist() == [

@@ -22,9 +22,10 @@ only once it is whole and on disk.
 Parquet has a column for each key of the answers, with the type that all values of that key have;
 keys that come and go are null where they are missing. Whole numbers and others together are
 floating-point numbers. Where kinds mix, as text and numbers, values are kept as JSON text, and
-the command says so. An __ERROR__ line is null in all columns but __ERROR__, which holds it as
-JSON text. To find all that, the output is read once before it is written. What was exported can be
-the --input of another run, in which JSON text is again what it was."""
+the command says so. An __ERROR__ line is null in all columns but __ERROR__, which holds as
+JSON text what it says, or the whole line if it has other keys too. To find all that, the output is
+read once before it is written. What was exported can be the --input of another run, in which JSON
+text is again what it was."""
 
 _EXAMPLES = """\
 examples:
@@ -56,8 +57,8 @@ def build_parser() -> Parser:
         "--errors-to",
         type=Path,
         metavar="FILE",
-        help="write __ERROR__ lines to this file instead, as JSON lines, each with the number of "
-        "its line as work_id (default: none)",
+        help="write __ERROR__ lines to this file instead, as JSON lines of two keys: work_id, the "
+        "number of the line, and __ERROR__, what it says (default: none)",
     )
     parser.add_argument(
         "--partial",

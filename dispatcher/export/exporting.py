@@ -12,7 +12,7 @@ import msgspec
 
 from dispatcher.config import default_state_dir
 from dispatcher.errors import StateError, UsageError
-from dispatcher.export.lines import OutputLine, OutputLines
+from dispatcher.export.lines import ERROR, OutputLine, OutputLines
 from dispatcher.export.targets import (
     SUFFIXES,
     columns_of,
@@ -112,8 +112,8 @@ class _Export:
 
     def _numbered(self, line: OutputLine) -> bytes:
         """Return an error with the number of its line, which the file alone does not tell."""
-        value = self._lines.value_of(line)
-        return msgspec.json.encode({"work_id": line.work_id, **value}) + b"\n"
+        error = self._lines.error_of(line)
+        return msgspec.json.encode({"work_id": line.work_id, ERROR: error}) + b"\n"
 
 
 def _is_parquet(target: Path) -> bool:

@@ -80,6 +80,11 @@ class OutputLines:
                 f"line {line.work_id} of {self.path} is no JSON ({error}); restore the output"
             ) from error
 
+    def error_of(self, line: OutputLine) -> Any:
+        """Return what an `__ERROR__` line says: all of it, if it has other keys too."""
+        value = self.value_of(line)
+        return value[ERROR] if len(value) == 1 else value
+
     def too_deep(self, line: OutputLine) -> StateError:
         """Return what to raise for a line whose lists and objects are nested too deeply."""
         return StateError(

@@ -121,6 +121,8 @@ def columns_of(lines: OutputLines, wanted: Iterable[OutputLine]) -> Shape:
 
 def row_of(lines: OutputLines, line: OutputLine) -> dict[str, Any]:
     """Return a line as a row: what is no object stands in a column of its own."""
+    if line.is_error:
+        return {ERROR: lines.error_of(line)}
     value = lines.value_of(line)
     return value if isinstance(value, dict) else {_VALUE: value}
 
