@@ -132,6 +132,7 @@ MIXED = [
     ([{}, {}], "objects"),
     ([2**63, -1], "whole numbers"),
     ([2**64], "whole numbers"),
+    ([-(2**63) - 1], "whole numbers"),
     ([2**53 + 1, 0.5], "numbers and whole numbers"),
     ([{str(n): n for n in range(1001)}], "objects"),
 ]
@@ -147,6 +148,12 @@ def test_what_no_column_can_hold_is_json_text_and_said_to_be(
     assert [text if text is None else json.loads(text) for text in texts] == values
     back = [json.loads(line)["x"] for line in text_of(tmp_path / "out.parquet").splitlines()]
     assert back == values
+
+
+@pytest.mark.parametrize("values", [[-(2**63), 2**63 - 1], [0, 2**64 - 1]])
+def test_whole_numbers_of_64_bits_are_numbers(values: list[int], tmp_path: Path) -> None:
+    table = to_parquet(tmp_path, [{"x": value} for value in values])
+    assert table.column("x").to_pylist() == values
 
 
 def test_places_within_are_json_text_by_themselves(

@@ -97,11 +97,11 @@ class Shape:
         if self.kinds == {dict} and not self.fields:
             self._give_up()  # Parquet has no struct without a field
         if int in self.kinds and not self.is_json:
-            beyond = max(self.most, -self.least)
             if float in self.kinds:
-                self.is_json = beyond > _EXACT_FLOATS
+                self.is_json = max(self.most, -self.least) > _EXACT_FLOATS
             else:
-                self.is_json = not (beyond < 1 << 63 or (self.least >= 0 and beyond < 1 << 64))
+                is_signed = self.least >= -1 << 63 and self.most < 1 << 63
+                self.is_json = not (is_signed or (self.least >= 0 and self.most < 1 << 64))
         for shape in self._inner():
             shape.settle()
 
