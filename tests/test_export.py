@@ -6,6 +6,8 @@ import errno
 import gzip
 import json
 import os
+import signal
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
@@ -387,6 +389,27 @@ def test_a_disk_that_fails_leaves_nothing(
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(DispatcherError, match="No space left on device; nothing was changed"):
         export(output, Wish(tmp_path / name), Files(), lambda _: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.dispatch"}
+
+
+SIGNALLED = """
+import os, sys
+from dispatcher.export import cli
+cli._Teller = lambda: lambda line: line == 1 and os.kill(os.getpid(), int(sys.argv[1]))
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.gz"])
+def test_an_export_that_is_ended_by_a_signal_says_so_and_leaves_nothing(
+    name: str, number: int, tmp_path: Path
+) -> None:
+    output = complete_run(tmp_path, [{"id": n} for n in range(3)])
+    words = [sys.executable, "-c", SIGNALLED, str(number), output, "--to", tmp_path / name]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    said = "dispatcher export: interrupted; nothing was written\n"
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", said)
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.dispatch"}
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from dispatcher.config import Parser, parse
 from dispatcher.errors import DispatcherError, ExitCode
@@ -76,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = parse(build_parser(), argv)
         wish = Wish(args.to, args.skip_errors, args.errors_to, args.force, args.partial)
-        done = export(args.place, wish, Files(), _Teller())
+        with _ended_by_sigterm():
+            done = export(args.place, wish, Files(), _Teller())
         print(_said(done, wish))
     except DispatcherError as error:
         print(f"dispatcher export: {error}", file=sys.stderr)
@@ -85,6 +89,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("dispatcher export: interrupted; nothing was written", file=sys.stderr)
         return ExitCode.STOPPED
     return ExitCode.COMPLETE
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, so that no half of a file is left."""
+
+    def end(signum: int, _: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_IGN)  # a second one would stop the cleaning up
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Teller:
