@@ -13,6 +13,7 @@ import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,6 +27,7 @@ from dispatcher.export.cli import main
 from dispatcher.export.exporting import Wish, export
 from dispatcher.export.lines import OutputLines
 from dispatcher.storage.files import Files
+from dispatcher.storage.ownership import Claim, Identity
 from tests.storage.test_inputs import text_of
 
 ERROR = {"__ERROR__": {"error": "task_exception", "message": "x", "work_id": 1}}
@@ -293,6 +295,29 @@ def test_a_run_that_is_not_complete_is_exported_only_when_asked_to(
     assert "--partial" in said
     assert main([str(output), "--to", str(target), "--partial"]) == 0
     assert text_of(target) == b'{"id": 0}\n'
+
+
+def test_a_run_that_is_running_is_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}], "running")
+    (owners := tmp_path / "out.jsonl.dispatch" / "owners").mkdir()
+    claim = Claim(Identity.of_this_process(), 1)
+    (owners / "1").write_bytes(msgspec.json.encode(claim))
+    said = refused(capsys, output, "--to", tmp_path / "x.jsonl")
+    assert "is running; wait until it is complete, or give --partial" in said
+    assert "--resume" not in said
+
+
+def test_an_output_that_is_not_there_is_told_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state_dir, target = tmp_path / "out.jsonl.dispatch", tmp_path / "x.jsonl"
+    complete_run(tmp_path, []).unlink()
+    assert "is not there; restore it" in refused(capsys, state_dir, "--to", target)
+    complete_run(tmp_path, [], "running").unlink()
+    said = refused(capsys, state_dir, "--to", target, "--partial")
+    assert "is not there yet; wait until the run has written a line" in said
 
 
 def test_lines_that_are_written_meanwhile_are_in_neither_pass(tmp_path: Path) -> None:

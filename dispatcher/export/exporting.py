@@ -23,6 +23,7 @@ from dispatcher.export.targets import (
 )
 from dispatcher.input_options import data_set_directory, is_data_set
 from dispatcher.runs.found import FoundRun, number, the_run
+from dispatcher.runs.reading import read_owner
 from dispatcher.storage.files import Files
 
 
@@ -140,22 +141,30 @@ def _output_of(place: Path, wish: Wish) -> tuple[Path, FoundRun | None]:
 
 
 def _check_whole(run: FoundRun, wish: Wish) -> None:
-    if not run.output.is_file():
-        raise StateError(f"the output {run.output} is not there (yet)")
-    if not run.is_complete:
-        if wish.is_partial:
-            return
-        hint = f"; finish it with: {run.resume_command}" if run.resume_command else ""
+    if not run.is_complete and not wish.is_partial:
         raise StateError(
-            f"the run in {run.state_dir} is not complete{hint}, or give --partial to export the "
+            f"the run in {run.state_dir} {_what_is_left(run)}, or give --partial to export the "
             "lines that are there"
         )
+    if not run.output.is_file():
+        when = "; restore it" if run.is_complete else " yet; wait until the run has written a line"
+        raise StateError(f"the output {run.output} is not there{when}")
+    if not run.is_complete:
+        return
     size = run.output.stat().st_size
     if size not in run.output_sizes:
         raise StateError(
             f"the output {run.output} is not the one that the run in {run.state_dir} wrote "
             f"({size} bytes, not {number(run.content.get('output_bytes'))}); restore it"
         )
+
+
+def _what_is_left(run: FoundRun) -> str:
+    owner = read_owner(run.state_dir)
+    if owner is not None and owner.is_alive:
+        return "is running; wait until it is complete"
+    hint = f"; finish it with: {run.resume_command}" if run.resume_command else ""
+    return f"is not complete{hint}"
 
 
 def _targets(wish: Wish) -> list[Path]:
