@@ -267,6 +267,23 @@ def test_a_stopped_run_is_listed_with_how_far_it_got_and_how_to_go_on(
     assert found["resume"] in text
 
 
+def test_a_run_that_was_stopped_at_its_start_is_not_said_to_be_done(
+    tmp_path: Path, runs: Runs
+) -> None:
+    settings = settings_of(tmp_path)
+    write_input(settings.infile, 3)
+
+    async def play(_: DispatchService) -> None:
+        pass
+
+    scenario(settings, play)
+    (found,) = as_json(runs, tmp_path)
+    assert (found["done"], found["total"], found["percent"]) == (0, None, None)
+    text = runs(tmp_path)
+    assert "0 lines; how many there are is not known yet" in text
+    assert "%" not in text
+
+
 def test_a_run_of_an_earlier_version_is_resumed_by_the_same_command(
     tmp_path: Path, runs: Runs
 ) -> None:

@@ -52,8 +52,10 @@ def _state_text(standing: Standing) -> str:
 
 
 def _done_text(standing: Standing) -> str | None:
-    if standing.done is None or standing.percent is None:
+    if standing.done is None:
         return None
+    if standing.percent is None:
+        return f"{_number_of(standing.done, 'line')}; how many there are is not known yet"
     about = "" if standing.total_is_exact else "about "
     # Rounded down: only what is complete is 100 %.
     percent = int(standing.percent * 10) / 10
