@@ -131,11 +131,15 @@ def test_rows_that_are_written_otherwise_now_are_refused(
     assert not list(tmp_path.glob(".dispatcher-input-*"))
 
 
-def test_failed_lines_of_a_run_that_goes_on_come_from_its_copy(tmp_path: Path) -> None:
+def test_failed_lines_of_a_run_that_goes_on_come_from_its_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = gzip_file(tmp_path)
     settings = settings_of(tmp_path, "run", path)
     carry_out(settings, lambda n: None if n == 12 else fails_at(1)(n))
     assert (settings.state_dir / "input.spool").exists()
+    assert main([str(settings.state_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["input"] == str(path)
     os.unlink(path)
     target = tmp_path / "again.jsonl"
     assert main([str(settings.state_dir), "--failed-to", str(target)]) == 0
