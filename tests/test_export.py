@@ -277,9 +277,16 @@ def test_errors_are_left_out_or_go_elsewhere(
 ) -> None:
     lines = [{"id": 0}, ERROR, {"id": 2}]
     assert to_parquet(tmp_path, lines, "--skip-errors").to_pylist() == [{"id": 0}, {"id": 2}]
-    assert "1 lines are errors, which were left out" in capsys.readouterr().out
+    assert "errors left out: 1\n" in capsys.readouterr().out
     errors = tmp_path / "errors.jsonl"
     table = to_parquet(tmp_path, lines, "--errors-to", str(errors))
+    said = capsys.readouterr().out
+    assert said.startswith("2 rows of ")
+    assert f"; errors in {errors}: 1\n" in said
+    to_parquet(tmp_path, [ERROR])
+    said = capsys.readouterr().out
+    assert said.startswith("1 row of ")
+    assert "; errors among them: 1\n" in said
     assert table.column_names == ["id"]
     assert json.loads(errors.read_text()) == {"work_id": 1, **ERROR}
 

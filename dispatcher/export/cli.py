@@ -119,14 +119,15 @@ class _Teller:
 
 
 def _said(done: Exported, wish: Wish) -> str:
-    said = [f"{done.rows} rows of {done.output} in {wish.target}"]
+    rows = f"{done.rows} row{'s' if done.rows != 1 else ''}"
+    said = [f"{rows} of {done.output} in {wish.target}"]
     if done.errors:
         where = "among them"
         if wish.errors_to is not None:
-            where = f"which are in {wish.errors_to}"
+            where = f"in {wish.errors_to}"
         elif wish.skip_errors:
-            where = "which were left out"
-        said[0] += f"; {done.errors} lines are errors, {where}"
+            where = "left out"
+        said[0] += f"; errors {where}: {done.errors}"
     if done.json_columns:
         said.append(f"kept as JSON text: {', '.join(done.json_columns)}")
     return "\n".join(said)
