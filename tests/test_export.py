@@ -351,6 +351,9 @@ def test_what_cannot_be_right_is_refused_in_a_sentence(
     (there := tmp_path / "there.parquet").write_text("precious")
     assert "exists" in refused(capsys, output, "--to", there)
     assert "no kind of file" in refused(capsys, output, "--to", tmp_path / "x.csv")
+    assert "put a name before it" in refused(capsys, output, "--to", tmp_path / ".parquet")
+    said = refused(capsys, output, "--to", tmp_path / "none" / "x.jsonl")
+    assert f"the directory {tmp_path / 'none'} of x.jsonl does not exist; make it" in said
     assert "the output itself" in refused(capsys, output, "--to", output, "--force")
     assert "same file" in refused(
         capsys, output, "--to", tmp_path / "x.jsonl", "--errors-to", tmp_path / "x.jsonl"

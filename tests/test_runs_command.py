@@ -764,6 +764,8 @@ def test_an_existing_file_is_never_overwritten(tmp_path: Path, refused: Refused)
     target.write_text("precious")
     code, said = refused(settings.state_dir, "--failed-to", target)
     assert (code, "exists and is not overwritten" in said) == (2, True)
+    code, said = refused(settings.state_dir, "--failed-to", tmp_path / "none" / "again.jsonl")
+    assert (code, "none does not exist; make it" in said) == (2, True)
     assert target.read_text() == "precious"
     assert not (tmp_path / "again.jsonl.origin").exists()
 

@@ -198,6 +198,8 @@ def _check_targets(wish: Wish) -> None:
         raise UsageError(
             f"--to {wish.target} says no kind of file; let its name end in {', '.join(SUFFIXES)}"
         )
+    if wish.target.name.lower() in SUFFIXES:
+        raise UsageError(f"--to {wish.target} is a kind of file only; put a name before it")
     if wish.errors_to is not None and _is_parquet(wish.errors_to):
         raise UsageError(f"--errors-to {wish.errors_to}: errors are written as JSON lines")
     if wish.errors_to is not None and wish.target.absolute() == wish.errors_to.absolute():

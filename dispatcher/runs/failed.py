@@ -121,6 +121,11 @@ def _check_kind(target: Path) -> None:
 
 
 def _check_new(target: Path) -> None:
+    if not target.parent.is_dir():
+        raise UsageError(
+            f"--failed-to {target}: the directory {target.parent} does not exist; make it, or name "
+            "a file elsewhere"
+        )
     if os.path.lexists(target):
         raise UsageError(f"--failed-to {target} exists and is not overwritten; name a new file")
 
