@@ -748,6 +748,23 @@ def test_only_lines_of_the_kinds_asked_for_are_written(
     assert target.read_text() == '{"n": 3}\n{"n": 7}\n'
 
 
+def test_a_file_that_cannot_be_read_is_told_with_what_to_do(
+    tmp_path: Path, refused: Refused
+) -> None:
+    settings = make_run(tmp_path, fails_at(1))
+    settings.outfile.unlink()
+    said = f"cannot read the output {settings.outfile}: No such file or directory; restore it"
+    assert said in refused(settings.state_dir, "--failed-to", tmp_path / "again.jsonl")[1]
+    assert "No such file or directory; restore it" in refused(settings.state_dir, "--item", "1")[1]
+
+
+@pytest.mark.parametrize("error", [PermissionError, OSError])
+def test_no_file_is_to_be_restored_that_is_there(error: type[OSError]) -> None:
+    said = str(lines_module.unreadable("a.jsonl", error(errno.EIO, "odd")))
+    assert said.startswith("cannot read a.jsonl: odd; ")
+    assert "restore" not in said
+
+
 @pytest.mark.parametrize("name", ["again.jsonl.gz", "again.JSONL.ZST", "again.parquet"])
 def test_failed_lines_get_no_name_of_another_kind_of_file(
     name: str, tmp_path: Path, refused: Refused

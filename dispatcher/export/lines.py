@@ -13,7 +13,8 @@ from typing import Any, BinaryIO
 import msgspec
 
 from dispatcher.core.results import error_kind
-from dispatcher.errors import StateError, StorageError
+from dispatcher.errors import StateError
+from dispatcher.runs.lines import unreadable
 
 ERROR = "__ERROR__"
 _BUFFER_BYTES = 1 << 20
@@ -43,7 +44,7 @@ class OutputLines:
             self._file: BinaryIO = path.open("rb", buffering=_BUFFER_BYTES)
             self.size_bytes = os.fstat(self._file.fileno()).st_size
         except OSError as error:
-            raise StorageError(f"cannot read the output {path}: {error.strerror}") from error
+            raise unreadable(f"the output {path}", error) from error
 
     def __iter__(self) -> Iterator[OutputLine]:
         """Yield the lines from the first on. Raises StorageError."""
@@ -56,7 +57,7 @@ class OutputLines:
                     return  # written since, or being written
                 yield OutputLine(work_id, line[:-1], bool(error_kind(line)))
         except OSError as error:
-            raise StorageError(f"cannot read the output {self.path}: {error.strerror}") from error
+            raise unreadable(f"the output {self.path}", error) from error
 
     def close(self) -> None:
         """Close the file."""

@@ -18,7 +18,7 @@ import msgspec
 from dispatcher.errors import StateError, StorageError, UsageError
 from dispatcher.runs.found import FoundRun, quoted
 from dispatcher.runs.inputs import input_lines
-from dispatcher.runs.lines import LineReader, error_lines
+from dispatcher.runs.lines import LineReader, error_lines, unreadable
 from dispatcher.storage.files import Files
 
 ORIGIN_SUFFIX = ".origin"
@@ -105,7 +105,7 @@ def sha256_of(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        raise unreadable(path, error) from error
 
 
 # -------------------------------------------------------------------- inside: checks
@@ -137,7 +137,7 @@ def _check_output(run: FoundRun) -> None:
     try:
         size = run.output.stat().st_size
     except OSError as error:
-        raise StateError(f"cannot read the output {run.output}: {error.strerror}") from error
+        raise unreadable(f"the output {run.output}", error) from error
     if size not in run.output_sizes:
         raise StateError(
             f"the output {run.output} is not the one that the run in {run.state_dir} wrote "
