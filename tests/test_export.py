@@ -67,7 +67,11 @@ def type_of(field: pa.Field) -> str:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
-    code = main([str(word) for word in words])
+    code: int | str | None
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as stop:  # of argparse
+        code = stop.code
     out, err = capsys.readouterr()
     assert code in (1, 2)
     assert out == ""
@@ -369,6 +373,20 @@ def test_what_cannot_be_right_is_refused_in_a_sentence(
     assert there.read_text() == "precious"
     left = {"out.jsonl", "out.jsonl.dispatch", "there.parquet", "folder.jsonl"}
     assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_an_empty_name_is_not_the_current_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}])
+    monkeypatch.chdir(tmp_path / "out.jsonl.dispatch")
+    target = tmp_path / "x.jsonl"
+    assert "OUTPUT: the value is empty" in refused(capsys, "", "--to", target)
+    assert "--to: the value is empty" in refused(capsys, output, "--to", "")
+    assert "--errors-to: the value is empty" in refused(
+        capsys, output, "--to", target, "--errors-to", " "
+    )
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("option", ["--to", "--errors-to"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 import time
@@ -42,10 +43,10 @@ exit codes: 0 done, 1 error, 2 usage, 3 interrupted (nothing was written)"""
 def build_parser() -> Parser:
     """Return the command's options."""
     parser = Parser(prog="dispatcher export", description=_DESCRIPTION, epilog=_EXAMPLES)
-    parser.add_argument("place", type=Path, metavar="OUTPUT", help="output, or state directory")
+    parser.add_argument("place", type=_path, metavar="OUTPUT", help="output, or state directory")
     parser.add_argument(
         "--to",
-        type=Path,
+        type=_path,
         required=True,
         metavar="FILE",
         help="new file: .parquet, .jsonl.zst, .jsonl.gz or .jsonl",
@@ -58,7 +59,7 @@ def build_parser() -> Parser:
     )
     errors.add_argument(
         "--errors-to",
-        type=Path,
+        type=_path,
         metavar="FILE",
         help="write __ERROR__ lines to this file instead, as JSON lines of two keys: work_id, the "
         "number of the line, and __ERROR__, what it says (default: none)",
@@ -72,6 +73,14 @@ def build_parser() -> Parser:
         "--force", action="store_true", help="replace files that exist (default: no)"
     )
     return parser
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "the value is empty, as that of a variable that is not set; name a file"
+        )
+    return Path(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
