@@ -6,11 +6,14 @@ import errno
 import gzip
 import json
 import os
+import signal
+import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +27,7 @@ from dispatcher.export.cli import main
 from dispatcher.export.exporting import Wish, export
 from dispatcher.export.lines import OutputLines
 from dispatcher.storage.files import Files
+from dispatcher.storage.ownership import Claim, Identity
 from tests.storage.test_inputs import text_of
 
 ERROR = {"__ERROR__": {"error": "task_exception", "message": "x", "work_id": 1}}
@@ -40,7 +44,11 @@ def complete_run(directory: Path, lines: list[Any], state: str = "complete") -> 
         "run": "abc",
         "state": state,
         "output_bytes": output.stat().st_size,
-        "settings": {"output": str(output), "input": "in.jsonl", "state": str(state_dir)},
+        "settings": {
+            "output": str(output),
+            "input": str(directory / "in.jsonl"),
+            "state": str(state_dir),
+        },
         "command": {"program": "dispatcher run", "options": {}},
     }
     (state_dir / "run.yaml").write_text(yaml.safe_dump(content))
@@ -59,7 +67,11 @@ def type_of(field: pa.Field) -> str:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str | Path) -> str:
-    code = main([str(word) for word in words])
+    code: int | str | None
+    try:
+        code = main([str(word) for word in words])
+    except SystemExit as stop:  # of argparse
+        code = stop.code
     out, err = capsys.readouterr()
     assert code in (1, 2)
     assert out == ""
@@ -92,6 +104,25 @@ def test_an_error_is_a_row_at_its_place(tmp_path: Path) -> None:
     assert [text and json.loads(text) for text in texts] == [None, ERROR["__ERROR__"], None]
 
 
+ODD_ERROR = {**ERROR, "work_id": 99, "id": "seven"}
+
+
+def test_an_error_with_other_keys_is_whole_in_its_column(tmp_path: Path) -> None:
+    table = to_parquet(tmp_path, [ODD_ERROR, {"id": 2}])
+    assert table.column_names == ["__ERROR__", "id"]
+    assert table.column("id").to_pylist() == [None, 2]
+    assert json.loads(table.column("__ERROR__")[0].as_py()) == ODD_ERROR
+
+
+def test_errors_elsewhere_have_the_number_of_their_line_whatever_they_hold(tmp_path: Path) -> None:
+    errors = tmp_path / "errors.jsonl"
+    to_parquet(tmp_path, [ODD_ERROR, {"id": 2}, ERROR], "--errors-to", str(errors))
+    assert [json.loads(line) for line in errors.read_text().splitlines()] == [
+        {"work_id": 0, "__ERROR__": ODD_ERROR},
+        {"work_id": 2, **ERROR},
+    ]
+
+
 def test_columns_come_and_go(tmp_path: Path) -> None:
     table = to_parquet(tmp_path, [{"a": 1}, {"b": "x"}, {}, {"a": None, "c": []}])
     assert table.to_pylist() == [
@@ -109,6 +140,7 @@ MIXED = [
     ([{}, {}], "objects"),
     ([2**63, -1], "whole numbers"),
     ([2**64], "whole numbers"),
+    ([-(2**63) - 1], "whole numbers"),
     ([2**53 + 1, 0.5], "numbers and whole numbers"),
     ([{str(n): n for n in range(1001)}], "objects"),
 ]
@@ -126,6 +158,12 @@ def test_what_no_column_can_hold_is_json_text_and_said_to_be(
     assert back == values
 
 
+@pytest.mark.parametrize("values", [[-(2**63), 2**63 - 1], [0, 2**64 - 1]])
+def test_whole_numbers_of_64_bits_are_numbers(values: list[int], tmp_path: Path) -> None:
+    table = to_parquet(tmp_path, [{"x": value} for value in values])
+    assert table.column("x").to_pylist() == values
+
+
 def test_places_within_are_json_text_by_themselves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,10 +174,45 @@ def test_places_within_are_json_text_by_themselves(
     assert [json.loads(line) for line in text_of(tmp_path / "out.parquet").splitlines()] == rows
 
 
+DEPTHS = pytest.mark.parametrize("depth", [15, 16, 17, 50, 600])
+
+
+@DEPTHS
+@pytest.mark.parametrize("odd", ["", ", 1e400", ', "\\\\\\ud800"'], ids=["plain", "huge", "half"])
+def test_lists_of_any_depth_are_in_a_file_that_can_be_read(
+    depth: int, odd: str, tmp_path: Path
+) -> None:
+    deep = "[" * depth + "7" + odd + "]" * depth
+    table = to_parquet(tmp_path, [f'{{"x": {deep}}}\n', '{"x": []}\n'])
+    assert table.num_rows == 2
+    if not odd:
+        assert text_of(tmp_path / "out.parquet").splitlines()[0] == b'{"x":' + deep.encode() + b"}"
+
+
+@DEPTHS
+def test_lists_and_objects_in_turns_are_in_a_file_that_can_be_read(
+    depth: int, tmp_path: Path
+) -> None:
+    half = depth // 2
+    deep = '[{"a": ' * half + "7" + "}]" * half
+    to_parquet(tmp_path, [f'{{"x": {deep}}}\n'])
+    assert json.loads(text_of(tmp_path / "out.parquet")) == {"x": json.loads(deep)}
+
+
+def test_a_line_that_is_nested_beyond_all_bounds_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = complete_run(tmp_path, ['{"x": 1}\n', '{"x": ' + "[" * 5000 + "]" * 5000 + "}\n"])
+    said = refused(capsys, output, "--to", tmp_path / "x.parquet")
+    assert "line 1 of" in said
+    assert "nested too deeply" in said
+
+
 def test_odd_lines_are_exported_too(tmp_path: Path) -> None:
     lines = ['{"a": "\\ud800x"}\n', "[1, 2]\n", '{"a": 1e400}\n', '{"a": 1, "a": "last"}\n']
     table = to_parquet(tmp_path, lines)
     assert table.num_rows == 4
+    assert table.column("a").to_pylist()[0] == '"\ufffdx"'
     assert table.column("__VALUE__").to_pylist()[1] == [1, 2]
 
 
@@ -208,9 +281,16 @@ def test_errors_are_left_out_or_go_elsewhere(
 ) -> None:
     lines = [{"id": 0}, ERROR, {"id": 2}]
     assert to_parquet(tmp_path, lines, "--skip-errors").to_pylist() == [{"id": 0}, {"id": 2}]
-    assert "1 lines are errors, which were left out" in capsys.readouterr().out
+    assert "errors left out: 1\n" in capsys.readouterr().out
     errors = tmp_path / "errors.jsonl"
     table = to_parquet(tmp_path, lines, "--errors-to", str(errors))
+    said = capsys.readouterr().out
+    assert said.startswith("2 rows of ")
+    assert f"; errors in {errors}: 1\n" in said
+    to_parquet(tmp_path, [ERROR])
+    said = capsys.readouterr().out
+    assert said.startswith("1 row of ")
+    assert "; errors among them: 1\n" in said
     assert table.column_names == ["id"]
     assert json.loads(errors.read_text()) == {"work_id": 1, **ERROR}
 
@@ -226,6 +306,29 @@ def test_a_run_that_is_not_complete_is_exported_only_when_asked_to(
     assert "--partial" in said
     assert main([str(output), "--to", str(target), "--partial"]) == 0
     assert text_of(target) == b'{"id": 0}\n'
+
+
+def test_a_run_that_is_running_is_said_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}], "running")
+    (owners := tmp_path / "out.jsonl.dispatch" / "owners").mkdir()
+    claim = Claim(Identity.of_this_process(), 1)
+    (owners / "1").write_bytes(msgspec.json.encode(claim))
+    said = refused(capsys, output, "--to", tmp_path / "x.jsonl")
+    assert "is running; wait until it is complete, or give --partial" in said
+    assert "--resume" not in said
+
+
+def test_an_output_that_is_not_there_is_told_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state_dir, target = tmp_path / "out.jsonl.dispatch", tmp_path / "x.jsonl"
+    complete_run(tmp_path, []).unlink()
+    assert "is not there; restore it" in refused(capsys, state_dir, "--to", target)
+    complete_run(tmp_path, [], "running").unlink()
+    said = refused(capsys, state_dir, "--to", target, "--partial")
+    assert "is not there yet; wait until the run has written a line" in said
 
 
 def test_lines_that_are_written_meanwhile_are_in_neither_pass(tmp_path: Path) -> None:
@@ -252,6 +355,9 @@ def test_what_cannot_be_right_is_refused_in_a_sentence(
     (there := tmp_path / "there.parquet").write_text("precious")
     assert "exists" in refused(capsys, output, "--to", there)
     assert "no kind of file" in refused(capsys, output, "--to", tmp_path / "x.csv")
+    assert "put a name before it" in refused(capsys, output, "--to", tmp_path / ".parquet")
+    said = refused(capsys, output, "--to", tmp_path / "none" / "x.jsonl")
+    assert f"the directory {tmp_path / 'none'} of x.jsonl does not exist; make it" in said
     assert "the output itself" in refused(capsys, output, "--to", output, "--force")
     assert "same file" in refused(
         capsys, output, "--to", tmp_path / "x.jsonl", "--errors-to", tmp_path / "x.jsonl"
@@ -267,6 +373,54 @@ def test_what_cannot_be_right_is_refused_in_a_sentence(
     assert there.read_text() == "precious"
     left = {"out.jsonl", "out.jsonl.dispatch", "there.parquet", "folder.jsonl"}
     assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_an_empty_name_is_not_the_current_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}])
+    monkeypatch.chdir(tmp_path / "out.jsonl.dispatch")
+    target = tmp_path / "x.jsonl"
+    assert "OUTPUT: the value is empty" in refused(capsys, "", "--to", target)
+    assert "--to: the value is empty" in refused(capsys, output, "--to", "")
+    assert "--errors-to: the value is empty" in refused(
+        capsys, output, "--to", target, "--errors-to", " "
+    )
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("option", ["--to", "--errors-to"])
+def test_the_files_of_the_run_itself_are_never_replaced(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}])
+    state_dir = tmp_path / "out.jsonl.dispatch"
+    (infile := tmp_path / "in.jsonl").write_text("precious")
+    (link := tmp_path / "link.jsonl").symlink_to(infile)
+    (spool := state_dir / "input.jsonl").write_text("precious")
+    other = [] if option == "--to" else ["--to", tmp_path / "x.jsonl"]
+    for mine in (infile, link):
+        assert "the input of the run" in refused(capsys, output, *other, option, mine, "--force")
+    for mine in (spool, state_dir / "new.jsonl"):
+        assert "state directory" in refused(capsys, output, *other, option, mine, "--force")
+    assert "the output itself" in refused(capsys, output, *other, option, output, "--force")
+    assert [path.read_text() for path in (infile, spool)] == ["precious", "precious"]
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "hf:"])
+def test_a_file_of_an_input_that_is_a_directory_is_never_replaced(
+    prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}])
+    (part := tmp_path / "set" / "part.parquet").parent.mkdir()
+    part.write_text("precious")
+    run_file = tmp_path / "out.jsonl.dispatch" / "run.yaml"
+    content = yaml.safe_load(run_file.read_text())
+    content["settings"]["input"] = f"{prefix}{part.parent}"
+    run_file.write_text(yaml.safe_dump(content))
+    assert "part of it" in refused(capsys, output, "--to", part, "--force")
+    assert part.read_text() == "precious"
 
 
 def test_a_file_is_replaced_when_asked_to(tmp_path: Path) -> None:
@@ -288,6 +442,27 @@ def test_a_disk_that_fails_leaves_nothing(
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(DispatcherError, match="No space left on device; nothing was changed"):
         export(output, Wish(tmp_path / name), Files(), lambda _: None)
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.dispatch"}
+
+
+SIGNALLED = """
+import os, sys
+from dispatcher.export import cli
+cli._Teller = lambda: lambda line: line == 1 and os.kill(os.getpid(), int(sys.argv[1]))
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("name", ["x.parquet", "x.jsonl.gz"])
+def test_an_export_that_is_ended_by_a_signal_says_so_and_leaves_nothing(
+    name: str, number: int, tmp_path: Path
+) -> None:
+    output = complete_run(tmp_path, [{"id": n} for n in range(3)])
+    words = [sys.executable, "-c", SIGNALLED, str(number), output, "--to", tmp_path / name]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=30)
+    said = "dispatcher export: interrupted; nothing was written\n"
+    assert (done.returncode, done.stdout, done.stderr) == (3, "", said)
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.dispatch"}
 
 

@@ -267,6 +267,23 @@ def test_a_stopped_run_is_listed_with_how_far_it_got_and_how_to_go_on(
     assert found["resume"] in text
 
 
+def test_a_run_that_was_stopped_at_its_start_is_not_said_to_be_done(
+    tmp_path: Path, runs: Runs
+) -> None:
+    settings = settings_of(tmp_path)
+    write_input(settings.infile, 3)
+
+    async def play(_: DispatchService) -> None:
+        pass
+
+    scenario(settings, play)
+    (found,) = as_json(runs, tmp_path)
+    assert (found["done"], found["total"], found["percent"]) == (0, None, None)
+    text = runs(tmp_path)
+    assert "0 lines; how many there are is not known yet" in text
+    assert "%" not in text
+
+
 def test_a_run_of_an_earlier_version_is_resumed_by_the_same_command(
     tmp_path: Path, runs: Runs
 ) -> None:
@@ -731,12 +748,41 @@ def test_only_lines_of_the_kinds_asked_for_are_written(
     assert target.read_text() == '{"n": 3}\n{"n": 7}\n'
 
 
+def test_a_file_that_cannot_be_read_is_told_with_what_to_do(
+    tmp_path: Path, refused: Refused
+) -> None:
+    settings = make_run(tmp_path, fails_at(1))
+    settings.outfile.unlink()
+    said = f"cannot read the output {settings.outfile}: No such file or directory; restore it"
+    assert said in refused(settings.state_dir, "--failed-to", tmp_path / "again.jsonl")[1]
+    assert "No such file or directory; restore it" in refused(settings.state_dir, "--item", "1")[1]
+
+
+@pytest.mark.parametrize("error", [PermissionError, OSError])
+def test_no_file_is_to_be_restored_that_is_there(error: type[OSError]) -> None:
+    said = str(lines_module.unreadable("a.jsonl", error(errno.EIO, "odd")))
+    assert said.startswith("cannot read a.jsonl: odd; ")
+    assert "restore" not in said
+
+
+@pytest.mark.parametrize("name", ["again.jsonl.gz", "again.JSONL.ZST", "again.parquet"])
+def test_failed_lines_get_no_name_of_another_kind_of_file(
+    name: str, tmp_path: Path, refused: Refused
+) -> None:
+    settings = make_run(tmp_path, fails_at(1))
+    code, said = refused(settings.state_dir, "--failed-to", tmp_path / name)
+    assert (code, "let the name end in .jsonl" in said) == (2, True)
+    assert not list(tmp_path.glob("again*"))
+
+
 def test_an_existing_file_is_never_overwritten(tmp_path: Path, refused: Refused) -> None:
     settings = make_run(tmp_path, fails_at(1))
     target = tmp_path / "again.jsonl"
     target.write_text("precious")
     code, said = refused(settings.state_dir, "--failed-to", target)
     assert (code, "exists and is not overwritten" in said) == (2, True)
+    code, said = refused(settings.state_dir, "--failed-to", tmp_path / "none" / "again.jsonl")
+    assert (code, "none does not exist; make it" in said) == (2, True)
     assert target.read_text() == "precious"
     assert not (tmp_path / "again.jsonl.origin").exists()
 

@@ -119,6 +119,19 @@ def test_an_original_that_changed_is_refused(
     assert not (tmp_path / "again.jsonl").exists()
 
 
+def test_an_original_that_is_gone_is_to_be_restored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = gzip_file(tmp_path)
+    settings = settings_of(tmp_path, "run", path)
+    carry_out(settings, fails_at(3))
+    path.unlink()
+    assert main([str(settings.state_dir), "--failed-to", str(tmp_path / "again.jsonl")]) == 1
+    said = capsys.readouterr().err
+    assert f"the input {path} of the run" in said
+    assert "is not there any more, so its lines cannot be written; restore it" in said
+
+
 def test_rows_that_are_written_otherwise_now_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -131,11 +144,15 @@ def test_rows_that_are_written_otherwise_now_are_refused(
     assert not list(tmp_path.glob(".dispatcher-input-*"))
 
 
-def test_failed_lines_of_a_run_that_goes_on_come_from_its_copy(tmp_path: Path) -> None:
+def test_failed_lines_of_a_run_that_goes_on_come_from_its_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = gzip_file(tmp_path)
     settings = settings_of(tmp_path, "run", path)
     carry_out(settings, lambda n: None if n == 12 else fails_at(1)(n))
     assert (settings.state_dir / "input.spool").exists()
+    assert main([str(settings.state_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["input"] == str(path)
     os.unlink(path)
     target = tmp_path / "again.jsonl"
     assert main([str(settings.state_dir), "--failed-to", str(target)]) == 0

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from dispatcher.config import Parser, parse
 from dispatcher.errors import DispatcherError, ExitCode
@@ -22,9 +26,10 @@ only once it is whole and on disk.
 Parquet has a column for each key of the answers, with the type that all values of that key have;
 keys that come and go are null where they are missing. Whole numbers and others together are
 floating-point numbers. Where kinds mix, as text and numbers, values are kept as JSON text, and
-the command says so. An __ERROR__ line is null in all columns but __ERROR__, which holds it as
-JSON text. To find all that, the output is read once before it is written. What was exported can be
-the --input of another run, in which JSON text is again what it was."""
+the command says so. An __ERROR__ line is null in all columns but __ERROR__, which holds as
+JSON text what it says, or the whole line if it has other keys too. To find all that, the output is
+read once before it is written. What was exported can be the --input of another run, in which JSON
+text is again what it was."""
 
 _EXAMPLES = """\
 examples:
@@ -38,10 +43,10 @@ exit codes: 0 done, 1 error, 2 usage, 3 interrupted (nothing was written)"""
 def build_parser() -> Parser:
     """Return the command's options."""
     parser = Parser(prog="dispatcher export", description=_DESCRIPTION, epilog=_EXAMPLES)
-    parser.add_argument("place", type=Path, metavar="OUTPUT", help="output, or state directory")
+    parser.add_argument("place", type=_path, metavar="OUTPUT", help="output, or state directory")
     parser.add_argument(
         "--to",
-        type=Path,
+        type=_path,
         required=True,
         metavar="FILE",
         help="new file: .parquet, .jsonl.zst, .jsonl.gz or .jsonl",
@@ -54,10 +59,10 @@ def build_parser() -> Parser:
     )
     errors.add_argument(
         "--errors-to",
-        type=Path,
+        type=_path,
         metavar="FILE",
-        help="write __ERROR__ lines to this file instead, as JSON lines, each with the number of "
-        "its line as work_id (default: none)",
+        help="write __ERROR__ lines to this file instead, as JSON lines of two keys: work_id, the "
+        "number of the line, and __ERROR__, what it says (default: none)",
     )
     parser.add_argument(
         "--partial",
@@ -70,12 +75,21 @@ def build_parser() -> Parser:
     return parser
 
 
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            "the value is empty, as that of a variable that is not set; name a file"
+        )
+    return Path(text)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
     try:
         args = parse(build_parser(), argv)
         wish = Wish(args.to, args.skip_errors, args.errors_to, args.force, args.partial)
-        done = export(args.place, wish, Files(), _Teller())
+        with _ended_by_sigterm():
+            done = export(args.place, wish, Files(), _Teller())
         print(_said(done, wish))
     except DispatcherError as error:
         print(f"dispatcher export: {error}", file=sys.stderr)
@@ -84,6 +98,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("dispatcher export: interrupted; nothing was written", file=sys.stderr)
         return ExitCode.STOPPED
     return ExitCode.COMPLETE
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the command as Ctrl-C does, so that no half of a file is left."""
+
+    def end(signum: int, _: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_IGN)  # a second one would stop the cleaning up
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Teller:
@@ -99,14 +128,15 @@ class _Teller:
 
 
 def _said(done: Exported, wish: Wish) -> str:
-    said = [f"{done.rows} rows of {done.output} in {wish.target}"]
+    rows = f"{done.rows} row{'s' if done.rows != 1 else ''}"
+    said = [f"{rows} of {done.output} in {wish.target}"]
     if done.errors:
         where = "among them"
         if wish.errors_to is not None:
-            where = f"which are in {wish.errors_to}"
+            where = f"in {wish.errors_to}"
         elif wish.skip_errors:
-            where = "which were left out"
-        said[0] += f"; {done.errors} lines are errors, {where}"
+            where = "left out"
+        said[0] += f"; errors {where}: {done.errors}"
     if done.json_columns:
         said.append(f"kept as JSON text: {', '.join(done.json_columns)}")
     return "\n".join(said)

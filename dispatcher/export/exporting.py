@@ -12,7 +12,7 @@ import msgspec
 
 from dispatcher.config import default_state_dir
 from dispatcher.errors import StateError, UsageError
-from dispatcher.export.lines import OutputLine, OutputLines
+from dispatcher.export.lines import ERROR, OutputLine, OutputLines
 from dispatcher.export.targets import (
     SUFFIXES,
     columns_of,
@@ -21,7 +21,9 @@ from dispatcher.export.targets import (
     pyarrow_modules,
     write_parquet,
 )
+from dispatcher.input_options import data_set_directory, is_data_set
 from dispatcher.runs.found import FoundRun, number, the_run
+from dispatcher.runs.reading import read_owner
 from dispatcher.storage.files import Files
 
 
@@ -54,8 +56,10 @@ def export(place: Path, wish: Wish, files: Files, tell: Callable[[int], None]) -
 
     Raises UsageError, StateError or StorageError; there is then no new file.
     """
-    output = _output_of(place, wish)
-    _check_targets(wish, output)
+    output, run = _output_of(place, wish)
+    _check_targets(wish)
+    for target in _targets(wish):
+        _check_spares(target, output, run)
     if _is_parquet(wish.target):
         pyarrow_modules(f"the export to {wish.target}")
     lines = OutputLines(output)
@@ -109,16 +113,16 @@ class _Export:
 
     def _numbered(self, line: OutputLine) -> bytes:
         """Return an error with the number of its line, which the file alone does not tell."""
-        value = self._lines.value_of(line)
-        return msgspec.json.encode({"work_id": line.work_id, **value}) + b"\n"
+        error = self._lines.error_of(line)
+        return msgspec.json.encode({"work_id": line.work_id, ERROR: error}) + b"\n"
 
 
 def _is_parquet(target: Path) -> bool:
     return target.suffix.lower() == ".parquet"
 
 
-def _output_of(place: Path, wish: Wish) -> Path:
-    """Return the output to be read, having made sure of it."""
+def _output_of(place: Path, wish: Wish) -> tuple[Path, FoundRun | None]:
+    """Return the output to be read, having made sure of it, and its run if that is known."""
     state_dir = place if place.is_dir() else default_state_dir(place)
     if not place.is_dir() and not state_dir.is_dir():
         if not place.is_file():
@@ -128,25 +132,25 @@ def _output_of(place: Path, wish: Wish) -> Path:
                 f"{state_dir} is not there, so whether {place} is whole is unknown; name the "
                 "state directory of its run, or give --partial to export what is there"
             )
-        return place
+        return place, None
     run = the_run(state_dir, 0)
     if place.is_file() and not (run.output.exists() and place.samefile(run.output)):
         raise UsageError(f"the run in {state_dir} wrote {run.output}, not {place}")
     _check_whole(run, wish)
-    return run.output
+    return run.output, run
 
 
 def _check_whole(run: FoundRun, wish: Wish) -> None:
-    if not run.output.is_file():
-        raise StateError(f"the output {run.output} is not there (yet)")
-    if not run.is_complete:
-        if wish.is_partial:
-            return
-        hint = f"; finish it with: {run.resume_command}" if run.resume_command else ""
+    if not run.is_complete and not wish.is_partial:
         raise StateError(
-            f"the run in {run.state_dir} is not complete{hint}, or give --partial to export the "
+            f"the run in {run.state_dir} {_what_is_left(run)}, or give --partial to export the "
             "lines that are there"
         )
+    if not run.output.is_file():
+        when = "; restore it" if run.is_complete else " yet; wait until the run has written a line"
+        raise StateError(f"the output {run.output} is not there{when}")
+    if not run.is_complete:
+        return
     size = run.output.stat().st_size
     if size not in run.output_sizes:
         raise StateError(
@@ -155,16 +159,48 @@ def _check_whole(run: FoundRun, wish: Wish) -> None:
         )
 
 
-def _check_targets(wish: Wish, output: Path) -> None:
-    targets = [wish.target, *([wish.errors_to] if wish.errors_to is not None else [])]
-    for target in targets:
-        if target.exists() and target.samefile(output):
-            raise UsageError(f"{target} is the output itself; name another file")
+def _what_is_left(run: FoundRun) -> str:
+    owner = read_owner(run.state_dir)
+    if owner is not None and owner.is_alive:
+        return "is running; wait until it is complete"
+    hint = f"; finish it with: {run.resume_command}" if run.resume_command else ""
+    return f"is not complete{hint}"
+
+
+def _targets(wish: Wish) -> list[Path]:
+    return [wish.target, *([wish.errors_to] if wish.errors_to is not None else [])]
+
+
+def _check_spares(target: Path, output: Path, run: FoundRun | None) -> None:
+    """Refuse a target that is one of the run's own files, also with --force."""
+    if _is_same(target, output):
+        raise UsageError(f"{target} is the output itself; name another file")
+    if run is None:
+        return
+    place = target.resolve()
+    if place.is_relative_to(run.state_dir.resolve()):
+        raise UsageError(
+            f"{target} is in the state directory {run.state_dir} of the run; name a file elsewhere"
+        )
+    given = run.given_input
+    source = (data_set_directory(given) if is_data_set(given) else None) or given
+    is_part = source.is_dir() and target.exists() and place.is_relative_to(source.resolve())
+    if is_part or _is_same(target, source):
+        raise UsageError(f"{target} is the input of the run, or part of it; name another file")
+
+
+def _is_same(target: Path, other: Path) -> bool:
+    return target.exists() and other.exists() and target.samefile(other)
+
+
+def _check_targets(wish: Wish) -> None:
     if not wish.target.name.lower().endswith(SUFFIXES):
         raise UsageError(
             f"--to {wish.target} says no kind of file; let its name end in {', '.join(SUFFIXES)}"
         )
+    if wish.target.name.lower() in SUFFIXES:
+        raise UsageError(f"--to {wish.target} is a kind of file only; put a name before it")
     if wish.errors_to is not None and _is_parquet(wish.errors_to):
         raise UsageError(f"--errors-to {wish.errors_to}: errors are written as JSON lines")
-    if len(targets) > 1 and targets[0].absolute() == targets[1].absolute():
-        raise UsageError(f"--to and --errors-to name the same file {targets[0]}")
+    if wish.errors_to is not None and wish.target.absolute() == wish.errors_to.absolute():
+        raise UsageError(f"--to and --errors-to name the same file {wish.target}")

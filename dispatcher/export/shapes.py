@@ -2,8 +2,9 @@
 
 A place (a key, an item of a list) where values are of one kind has that type; whole numbers and
 others together are floating-point numbers as long as that loses no digit. Where kinds mix, where
-objects have no key or very many, and where a number fits nothing, the values are kept as JSON
-text. null fits everywhere, and so does a key that is not there.
+objects have no key or very many, where they or lists are nested deeply, and where a number fits
+nothing, the values are kept as JSON text. null fits everywhere, and so does a key that is not
+there.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ Convert = Callable[[Any], Any]
 MOST_KEYS = 1000
 """Keys of an object within a row, beyond which it is JSON text: they are data, not columns."""
 
+# Readers of Parquet have limits of their own, beyond which they refuse the whole file.
 _MOST_DEPTH = 16
 _EXACT_FLOATS = 1 << 53
 _NAMES: Mapping[type, str] = {
@@ -63,12 +65,18 @@ class Shape:
         elif kind is dict:
             self._note_object(value)
         elif kind is list:
-            if self.items is None:
-                self.items = Shape(self.depth + 1)
-            for item in value:
-                self.items.note(item)
+            self._note_list(value)
         if len(self.kinds) > 1 and not self.kinds <= {int, float}:
             self._give_up()
+
+    def _note_list(self, value: list[Any]) -> None:
+        if self.depth >= _MOST_DEPTH:
+            self._give_up()
+            return
+        if self.items is None:
+            self.items = Shape(self.depth + 1)
+        for item in value:
+            self.items.note(item)
 
     def _note_object(self, value: dict[str, Any]) -> None:
         if self.depth >= _MOST_DEPTH:
@@ -89,11 +97,11 @@ class Shape:
         if self.kinds == {dict} and not self.fields:
             self._give_up()  # Parquet has no struct without a field
         if int in self.kinds and not self.is_json:
-            beyond = max(self.most, -self.least)
             if float in self.kinds:
-                self.is_json = beyond > _EXACT_FLOATS
+                self.is_json = max(self.most, -self.least) > _EXACT_FLOATS
             else:
-                self.is_json = not (beyond < 1 << 63 or (self.least >= 0 and beyond < 1 << 64))
+                is_signed = self.least >= -1 << 63 and self.most < 1 << 63
+                self.is_json = not (is_signed or (self.least >= 0 and self.most < 1 << 64))
         for shape in self._inner():
             shape.settle()
 

@@ -31,7 +31,8 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 def new_file(target: Path, files: Files, *, force: bool) -> Iterator[BinaryIO]:
     """Give a file that gets its name when the block ends well, and is then on disk.
 
-    Raises UsageError when there is such a file, unless it may be replaced, and StorageError.
+    Raises UsageError when there is such a file, unless it may be replaced, or no directory for
+    it, and StorageError.
     """
     _check_new(target, force=force)
     partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
@@ -54,6 +55,11 @@ def new_file(target: Path, files: Files, *, force: bool) -> Iterator[BinaryIO]:
 def _check_new(target: Path, *, force: bool) -> None:
     if target.is_dir():
         raise UsageError(f"{target} is a directory; name a file in it")
+    if not target.parent.is_dir():
+        raise UsageError(
+            f"the directory {target.parent} of {target.name} does not exist; make it, or name a "
+            "file elsewhere"
+        )
     if os.path.lexists(target) and not force:
         raise UsageError(f"{target} exists; name a new file, or give --force to replace it")
 
@@ -121,6 +127,8 @@ def columns_of(lines: OutputLines, wanted: Iterable[OutputLine]) -> Shape:
 
 def row_of(lines: OutputLines, line: OutputLine) -> dict[str, Any]:
     """Return a line as a row: what is no object stands in a column of its own."""
+    if line.is_error:
+        return {ERROR: lines.error_of(line)}
     value = lines.value_of(line)
     return value if isinstance(value, dict) else {_VALUE: value}
 
@@ -137,9 +145,12 @@ def write_parquet(
     with parquet.ParquetWriter(file, schema, compression="zstd") as writer:
         for line in wanted:
             row = row_of(lines, line)
-            for name, convert in converts.items():
-                if row.get(name) is not None:
-                    row[name] = convert(row[name])
+            try:
+                for name, convert in converts.items():
+                    if row.get(name) is not None:
+                        row[name] = convert(row[name])
+            except RecursionError as error:
+                raise lines.too_deep(line) from error
             rows.append(row)
             size += len(line.text)
             if len(rows) >= _GROUP_ROWS or size >= _GROUP_BYTES:

@@ -90,8 +90,8 @@ def build_parser() -> Parser:
         "--failed-to",
         type=Path,
         metavar="FILE",
-        help="write the input lines whose result is an __ERROR__ to a new file, byte for byte, "
-        "and beside it FILE.origin, which tells where they belong",
+        help="write the input lines whose result is an __ERROR__ to a new file, byte for byte and "
+        "not compressed, and beside it FILE.origin, which tells where they belong",
     )
     what.add_argument(
         "--merge",

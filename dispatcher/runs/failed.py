@@ -18,10 +18,11 @@ import msgspec
 from dispatcher.errors import StateError, StorageError, UsageError
 from dispatcher.runs.found import FoundRun, quoted
 from dispatcher.runs.inputs import input_lines
-from dispatcher.runs.lines import LineReader, error_lines
+from dispatcher.runs.lines import LineReader, error_lines, unreadable
 from dispatcher.storage.files import Files
 
 ORIGIN_SUFFIX = ".origin"
+_OTHER_KINDS = (".gz", ".zst", ".parquet")
 _BUFFER_BYTES = 1 << 20
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 
@@ -52,8 +53,10 @@ def write_failed(run: FoundRun, target: Path, kinds: Collection[str], files: Fil
     """Write the input lines whose result is an error, of these kinds or any, to a new file.
 
     Returns what was found; nothing is written when that is no line. Raises UsageError when the
-    file exists, StateError when the run's files are not what it wrote, StorageError.
+    file exists or its name is not one of a file of lines, StateError when the run's files are not
+    what it wrote, StorageError.
     """
+    _check_kind(target)
     _check_new(target)
     _check_output(run)
     found = find_failed(run, kinds)
@@ -102,13 +105,27 @@ def sha256_of(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        raise unreadable(path, error) from error
 
 
 # -------------------------------------------------------------------- inside: checks
 
 
+def _check_kind(target: Path) -> None:
+    """Refuse a name that a run takes for another kind of file than one of lines."""
+    if target.suffix.lower() in _OTHER_KINDS:
+        raise UsageError(
+            f"--failed-to {target}: the lines are written as they are, neither compressed nor as "
+            "Parquet; let the name end in .jsonl"
+        )
+
+
 def _check_new(target: Path) -> None:
+    if not target.parent.is_dir():
+        raise UsageError(
+            f"--failed-to {target}: the directory {target.parent} does not exist; make it, or name "
+            "a file elsewhere"
+        )
     if os.path.lexists(target):
         raise UsageError(f"--failed-to {target} exists and is not overwritten; name a new file")
 
@@ -120,7 +137,7 @@ def _check_output(run: FoundRun) -> None:
     try:
         size = run.output.stat().st_size
     except OSError as error:
-        raise StateError(f"cannot read the output {run.output}: {error.strerror}") from error
+        raise unreadable(f"the output {run.output}", error) from error
     if size not in run.output_sizes:
         raise StateError(
             f"the output {run.output} is not the one that the run in {run.state_dir} wrote "

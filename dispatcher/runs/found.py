@@ -51,7 +51,12 @@ class FoundRun:
     @property
     def input(self) -> Path:
         """The file that holds the input: the copy of one that could not be seeked."""
-        return self.state_dir / SPOOL_FILE if self.has_copy else self._path("input")
+        return self.state_dir / SPOOL_FILE if self.has_copy else self.given_input
+
+    @property
+    def given_input(self) -> Path:
+        """The input as it was given, whether there is a copy of it or not."""
+        return self._path("input")
 
     @property
     def has_copy(self) -> bool:

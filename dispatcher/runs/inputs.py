@@ -14,7 +14,7 @@ from dispatcher.input_options import InputOptions
 from dispatcher.runs.found import FoundRun, section
 from dispatcher.storage.files import Files
 from dispatcher.storage.inputs.copying import Copying, copy_input, origin_now
-from dispatcher.storage.inputs.opening import reader_of
+from dispatcher.storage.inputs.opening import is_there, reader_of
 from dispatcher.storage.run_state import SPOOL_FILE
 from dispatcher.storage.source import LineSource
 
@@ -35,6 +35,11 @@ def input_lines(run: FoundRun, directory: Path, files: Files) -> Iterator[Path]:
             f"the input {run.input} of the run in {run.state_dir} is not a file (any more), so its "
             "lines cannot be written; restore it (what came through a pipe is kept only until the "
             "run is complete)"
+        )
+    if not is_there(run.input):
+        raise StateError(
+            f"the input {run.input} of the run in {run.state_dir} is not there any more, so its "
+            "lines cannot be written; restore it"
         )
     reader = reader_of(run.input, _options_of(run))
     origin = None if reader is None else origin_now(reader, fingerprint)

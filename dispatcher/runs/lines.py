@@ -13,6 +13,16 @@ from dispatcher.errors import StorageError
 _PIECE_BYTES = 1 << 20
 
 
+def unreadable(path: Path | str, error: OSError) -> StorageError:
+    """Return what to raise for a file of a run that cannot be read, with what to do."""
+    remedy = "give the command again once it can be"
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        remedy = "restore it"
+    elif isinstance(error, PermissionError):
+        remedy = "get the right to read it"
+    return StorageError(f"cannot read {path}: {error.strerror or error}; {remedy}")
+
+
 class LineReader:
     """A file's lines, one after the other, each in pieces, so that none need fit in memory.
 
@@ -27,7 +37,7 @@ class LineReader:
             self._file = path.open("rb", buffering=_PIECE_BYTES)
             size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
-            raise StorageError(f"cannot read {path}: {error.strerror}") from error
+            raise unreadable(path, error) from error
         self._left = size if end is None else min(end, size)
         self._within = self._open_end = False
 
@@ -96,7 +106,7 @@ class LineReader:
         try:
             data = read(min(_PIECE_BYTES, self._left))
         except OSError as error:
-            raise StorageError(f"cannot read {self.path}: {error.strerror}") from error
+            raise unreadable(self.path, error) from error
         # A file that was cut meanwhile ends here.
         self._left = self._left - len(data) if data else 0
         return data

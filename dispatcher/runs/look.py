@@ -146,7 +146,8 @@ def _ask_server(standing: Standing) -> bool:
 def _count(standing: Standing, counters: dict[str, Any], total: int, *, exact: bool) -> None:
     standing.done = number(counters.get("done"))
     standing.failed = number(counters.get("failed"))
-    standing.total, standing.total_is_exact = total, exact
+    # Before the first line was read, nothing tells how many there are.
+    standing.total, standing.total_is_exact = (total if total or exact else None), exact
     standing.errors = known_errors(counters)
 
 

@@ -32,7 +32,7 @@ from dispatcher.core.results import error_kind
 from dispatcher.errors import DispatcherError, StateError, StorageError, UsageError
 from dispatcher.runs.failed import Origin, read_origin, sha256_of
 from dispatcher.runs.found import FoundRun, number, quoted, section, the_run
-from dispatcher.runs.lines import LineReader
+from dispatcher.runs.lines import LineReader, unreadable
 from dispatcher.storage.files import Files
 from dispatcher.storage.journal import last_epoch
 from dispatcher.storage.opening import utc_now
@@ -391,7 +391,7 @@ def _stat(output: Path) -> os.stat_result:
     try:
         return output.stat()
     except OSError as error:
-        raise StateError(f"cannot read the output {output}: {error.strerror}") from error
+        raise unreadable(f"the output {output}", error) from error
 
 
 def _renumbered(line: bytes, index: int, place: int) -> bytes:

@@ -52,8 +52,10 @@ def _state_text(standing: Standing) -> str:
 
 
 def _done_text(standing: Standing) -> str | None:
-    if standing.done is None or standing.percent is None:
+    if standing.done is None:
         return None
+    if standing.percent is None:
+        return f"{_number_of(standing.done, 'line')}; how many there are is not known yet"
     about = "" if standing.total_is_exact else "about "
     # Rounded down: only what is complete is 100 %.
     percent = int(standing.percent * 10) / 10
@@ -84,7 +86,7 @@ def _resume_text(standing: Standing) -> str | None:
     if standing.state != "stopped":
         return None
     run = standing.run
-    return run.resume_command or f"give the same command again ({run.input} -> {run.output})"
+    return run.resume_command or f"give the same command again ({run.given_input} -> {run.output})"
 
 
 def _failed_text(standing: Standing) -> str | None:
@@ -111,7 +113,7 @@ def standing_json(standing: Standing) -> dict[str, Any]:
         "ended_at": standing.ended_at,
         "last_active_at": standing.last_active_at,
         "owner": standing.owner,
-        "input": str(run.input) if run.content else None,
+        "input": str(run.given_input) if run.content else None,
         "output": str(run.output) if run.content else None,
         "program": section(run.content, "command").get("program"),
         "resume": run.resume_command if standing.state == "stopped" else None,
