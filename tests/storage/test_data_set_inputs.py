@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 import threading
 from pathlib import Path
@@ -83,6 +84,25 @@ def test_a_directory_that_load_dataset_reads_is_its_rows(streaming: bool, tmp_pa
     assert rows_of(f"hf:{directory}", streaming=streaming) == ROWS
     assert rows_of(f"hf:{directory}", streaming=streaming, split="test") == ROWS[:2]
     assert "no split 'dev'" in refusal_of(f"hf:{directory}", streaming=streaming, split="dev")
+
+
+def test_the_rows_are_those_of_the_files_now_although_their_times_are_as_before(
+    tmp_path: Path,
+) -> None:
+    directory = jsonl_files(tmp_path / "files", train=ROWS[:3])
+    assert rows_of(f"hf:{directory}") == ROWS[:3]
+    file = directory / "train.jsonl"
+    before = file.stat()
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[3:6]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    assert rows_of(f"hf:{directory}") == ROWS[3:6]
+
+
+def test_a_split_with_other_columns_is_in_nobodys_way(tmp_path: Path) -> None:
+    directory = jsonl_files(tmp_path / "files", train=ROWS, test=[{"other": "column"}])
+    assert rows_of(f"hf:{directory}", split="train") == ROWS
+    assert rows_of(f"hf:{directory}", split="test") == [{"other": "column"}]
 
 
 def test_parquet_and_csv_files_are_read_too(tmp_path: Path) -> None:

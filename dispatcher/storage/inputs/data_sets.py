@@ -108,7 +108,12 @@ class DataSetReader(InputReader):
         builder = self._builder()
         splits = [*(builder.info.splits or ()), *(builder.config.data_files or ())]
         split = self._split_of(list(dict.fromkeys(map(str, splits))))
-        if self._options.streaming:
+        if self._options.streaming or self._directory is not None:
+            # What is prepared of files is kept by their names and times, so that rows could be
+            # those of older files; and all splits are, although one is wanted.
+            files = builder.config.data_files
+            if files and split in files:  # or its columns would have to be those of the first split
+                builder.config.data_files = type(files)({split: files[split]})
             return builder.as_streaming_dataset(split=split)
         builder.download_and_prepare()
         return builder.as_dataset(split=split)
