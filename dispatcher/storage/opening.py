@@ -64,7 +64,12 @@ def open_run(
     """
     run_file = load_run_file(settings.state_dir, files) or {}
     if run_file.get("state") == STARTING:
-        run_file = {}  # nobody came to have that run
+        # Nobody came to have that run; until this one has begun, --resume is to go on with it.
+        if settings.command and run_file.get("command") != settings.command:
+            owner.confirm()
+            begun = run_file | {"command": dict(settings.command)}
+            save_run_file(settings.state_dir, begun, files)
+        run_file = {}
     writer = RunWriter(settings.state_dir / JOURNAL_DIR, settings.outfile, files, owner)
     if run_file.get("state") == "complete":
         return _open_complete(settings, writer, run_file, epoch, now)
