@@ -39,7 +39,7 @@ from dispatcher.errors import (
     QuotaExhaustedError,
     UsageError,
 )
-from dispatcher.input_options import INPUT_HELP, input_path, is_data_set, is_standard_input
+from dispatcher.input_options import INPUT_HELP, is_data_set, is_standard_input
 from dispatcher.pause_notes import PauseNotes
 from dispatcher.preview.command import add_preview_options, preview
 from dispatcher.progress import Display, LogDisplay, make_display, model_lines
@@ -56,6 +56,7 @@ from dispatcher.run_command import (
     resume_hint,
 )
 from dispatcher.run_facts import clock, facts_of_summary
+from dispatcher.run_paths import input_option, output_option, state_option
 from dispatcher.server_file import TOKEN_VARIABLE, page_hint, server_file_in
 from dispatcher.storage.files import Files
 from dispatcher.storage.inputs.pipe import CLOSED
@@ -106,13 +107,21 @@ def build_parser() -> Parser:
     )
     add_task_options(parser)
     files = parser.add_argument_group("files")
-    files.add_argument("--input", type=input_path, required=True, metavar="INPUT", help=INPUT_HELP)
+    files.add_argument(
+        "--input", type=input_option, required=True, metavar="INPUT", help=INPUT_HELP
+    )
     add_input_options(files)
     files.add_argument(
-        "--output", type=Path, metavar="FILE", help="output, one result a line; required to run"
+        "--output",
+        type=output_option,
+        metavar="FILE",
+        help="output, one result a line; required to run",
     )
     files.add_argument(
-        "--state", type=Path, metavar="DIR", help="state directory (default: OUTPUT.dispatch)"
+        "--state",
+        type=state_option,
+        metavar="DIR",
+        help="state directory (default: OUTPUT.dispatch)",
     )
     files.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these options")
     parser.add_argument(

@@ -68,6 +68,35 @@ def test_a_missing_input_is_named(command: object, tmp_path: Path) -> None:
     assert_one_sentence(stderr, "nowhere.jsonl", "input")
 
 
+UNUSABLE = [
+    ("input", ""),
+    ("input", "hf:"),
+    ("input", "x" * 256),
+    ("output", ""),
+    ("output", "."),
+    ("output", "/"),
+    ("output", "x" * 250),
+    ("state", ""),
+    ("state", "x" * 256),
+    ("state", "d/" * 2500),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("option", "value"), UNUSABLE)
+def test_a_path_that_names_nothing_is_refused_by_its_option(
+    command: object, option: str, value: str, tmp_path: Path, infile: Path
+) -> None:
+    assert callable(command)
+    given = {"input": infile, "output": tmp_path / "out.jsonl", "state": tmp_path / "s"}
+    given[option] = value  # type: ignore[assignment]
+    code, stderr = ended(*command(given["input"], given["output"]), f"--state={given['state']}")
+    assert code == 2
+    file = f"--{option[:-3]}file" if command is server and option != "state" else f"--{option}"
+    assert_one_sentence(stderr, f"argument {file}: ")
+    assert list(tmp_path.iterdir()) == [infile]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_output_that_cannot_be_written_is_named(
     command: object, infile: Path, tmp_path: Path
