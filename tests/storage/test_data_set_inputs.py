@@ -219,6 +219,40 @@ def test_a_full_cache_is_no_bad_data_set(tmp_path: Path, monkeypatch: pytest.Mon
         rows_of("hf:org/name")
 
 
+def test_a_full_disk_is_found_below_what_datasets_says_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("An error occurred") from OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(data_sets.DataSetReader, "_load", fail)
+    with pytest.raises(StorageError, match=r"No space left; .*--input-streaming"):
+        rows_of("hf:org/name")
+
+
+def test_the_innermost_cause_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("An error occurred") from ValueError("row 7 is\nno row")
+
+    monkeypatch.setattr(data_sets.DataSetReader, "_load", fail)
+    assert "hub: row 7 is no row;" in refusal_of("hf:org/name")
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
+    directory = jsonl_files(tmp_path / "files", train=[])
+    assert "one of its files is empty" in refusal_of(f"hf:{directory}")
+
+
+@pytest.mark.parametrize("content", ["{}", "no JSON", "[]"])
+def test_a_broken_description_of_a_saved_set_is_named(content: str, tmp_path: Path) -> None:
+    several = save_data_set(tmp_path / "several", train=ROWS, test=ROWS)
+    (several / "dataset_dict.json").write_text(content)
+    assert "dataset_dict.json is not as save_to_disk writes it" in refusal_of(several)
+    one = save_data_set(tmp_path / "one", alone=ROWS)
+    (one / "state.json").write_text(content)
+    assert "state.json or" in refusal_of(one)
+
+
 def test_options_of_data_sets_are_refused_with_other_inputs(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--input-split goes with a data set"):
         check_input_options(tmp_path / "in.jsonl", InputOptions(split="x"))

@@ -28,6 +28,7 @@ _DEFAULT_SPLIT = "train"
 _DICT_FILE = "dataset_dict.json"
 _SET_FILES = ("state.json", "dataset_info.json")
 _SHOWN_CHARACTERS = 300
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def was_saved(directory: Path) -> bool:
@@ -123,12 +124,29 @@ class DataSetReader(InputReader):
         if self._options.subset:
             raise UsageError(f"{self.name} has no subsets; leave --input-subset out")
         if not (directory / _DICT_FILE).is_file():
-            rows = datasets.load_from_disk(str(directory))
+            rows = self._load_rows(datasets, directory)
             if self._options.split is not None:
                 self._split_of([str(rows.split)] if rows.split else [])
             return rows
-        splits = json.loads((directory / _DICT_FILE).read_text())["splits"]
-        return datasets.load_from_disk(str(directory / self._split_of(splits)))
+        try:
+            content = json.loads((directory / _DICT_FILE).read_text())
+            splits = [str(name) for name in content["splits"]]
+        except (ValueError, LookupError, TypeError) as error:
+            raise self._damaged(directory / _DICT_FILE) from error
+        return self._load_rows(datasets, directory / self._split_of(splits))
+
+    def _load_rows(self, datasets: Any, directory: Path) -> Any:
+        try:
+            return datasets.load_from_disk(str(directory))
+        except (ValueError, LookupError, TypeError) as error:
+            states = " or ".join(str(directory / name) for name in _SET_FILES)
+            raise self._damaged(states) from error
+
+    def _damaged(self, what: object) -> UsageError:
+        return UsageError(
+            f"the data set {self.name} cannot be read: {what} is not as save_to_disk writes it; "
+            "save it anew"
+        )
 
     def _builder(self) -> Any:
         """Return what prepares the rows, of one revision."""
@@ -160,13 +178,19 @@ class DataSetReader(InputReader):
     def _failure(self, error: Exception) -> DispatcherError:
         if isinstance(error, DispatcherError):
             return error
-        said = " ".join(str(error).split())[:_SHOWN_CHARACTERS] or type(error).__name__
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        causes = _causes_of(error)
+        said = _said_by(causes)
+        if any(isinstance(e, OSError) and e.errno in _FULL for e in causes):
             return StorageError(
                 f"the data set {self.name} cannot be downloaded: {said}; make room where HF_HOME "
                 "is, or give --input-streaming, which keeps no files there"
             )
         after = f" after {self._rows_read:,} rows" if self._rows_read else ""
+        if any(isinstance(e, StopIteration) for e in causes):
+            return UsageError(
+                f"the data set {self.name} cannot be read{after}: one of its files is empty; "
+                "remove it, or write rows to it"
+            )
         if self._directory is not None:
             return UsageError(
                 f"the data set {self.name} cannot be read{after}: {said}; mend its files, or name "
@@ -176,6 +200,22 @@ class DataSetReader(InputReader):
             f"the data set {self.name} cannot be read from the hub{after}: {said}; check its name "
             f"and the network, or download it elsewhere and name its directory as {HUB}DIR"
         )
+
+
+def _causes_of(error: BaseException) -> list[BaseException]:
+    """Return an error and what it came from, the innermost last."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    return causes
+
+
+def _said_by(causes: list[BaseException]) -> str:
+    """Return the words of the innermost error that has any, with its kind where they tell none."""
+    for error in reversed(causes):
+        if said := " ".join(str(error).split())[:_SHOWN_CHARACTERS]:
+            return f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said
+    return type(causes[-1]).__name__
 
 
 def _files_in(directory: Path) -> list[Path]:
