@@ -54,6 +54,7 @@ from dispatcher.run_command import (
     note_start,
     read_start,
     resume_hint,
+    what_next,
 )
 from dispatcher.run_facts import clock, facts_of_summary
 from dispatcher.run_paths import input_option, output_option, state_option
@@ -165,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dispatcher run: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # before the signal was taken over
-        hint = f"; go on with: {resume_hint(LOCAL_RUN, noted)}" if noted else ""
+        hint = f"; {what_next(LOCAL_RUN, noted, start.args.input)}" if noted else ""
         print(f"dispatcher run: stopped before anything was handed out{hint}", file=sys.stderr)
         return ExitCode.STOPPED
 
@@ -420,8 +421,8 @@ class LocalRun:
         if run_file.get("state") != "complete":
             done = self._status.get("done", 0)
             self._display.note(
-                f"stopped after {clock(seconds)} with {done} lines done; go on with: "
-                f"{self._resume_hint}"
+                f"stopped after {clock(seconds)} with {done} lines done; "
+                f"{what_next(LOCAL_RUN, self._state_dir, self._args.input)}"
             )
             return ExitCode.STOPPED
         summary = run_file.get("summary", {})

@@ -195,6 +195,13 @@ def resume_hint(program: str, state_dir: Path) -> str:
     return f"{program} --resume {shlex.quote(str(state_dir))}"
 
 
+def what_next(program: str, state_dir: Path, infile: Path) -> str:
+    """Return how a run goes on that was stopped, also while standard input was still copied."""
+    if is_standard_input(infile) and not (state_dir / SPOOL_FILE).exists():
+        return "give the whole command again, with the whole of standard input"
+    return f"go on with: {resume_hint(program, state_dir)}"
+
+
 # -------------------------------------------------------------------- from parent to child
 
 

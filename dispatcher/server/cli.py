@@ -44,6 +44,7 @@ from dispatcher.run_command import (
     read_start,
     resume_hint,
     take_handed_over,
+    what_next,
 )
 from dispatcher.run_paths import input_option, output_option, state_option
 from dispatcher.server import tls
@@ -332,9 +333,10 @@ async def _start(service: DispatchService, stop: asyncio.Event) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await starting
         program = (service.settings.command or {}).get("program", SERVER)
+        settings = service.settings
         raise StartStoppedError(
-            "stopped before anything was handed out; go on with: "
-            f"{resume_hint(program, service.settings.state_dir)}"
+            "stopped before anything was handed out; "
+            f"{what_next(program, settings.state_dir, settings.infile)}"
         )
     await starting
 

@@ -37,7 +37,7 @@ from dispatcher.run_command import (
     check_copied,
     note_start,
     read_start,
-    resume_hint,
+    what_next,
 )
 from dispatcher.run_paths import input_option, output_option, state_option
 from dispatcher.server_file import TOKEN_VARIABLE, token_given
@@ -310,8 +310,8 @@ async def run(
 def _what_next(args: argparse.Namespace) -> str:
     if args.dispatcher is not None:
         return "what was not finished was given back"
-    state_dir = run_settings_of(args, args.input, args.output).state_dir
-    return f"go on with: {resume_hint(TASK_RUN, state_dir)}"
+    settings = run_settings_of(args, args.input, args.output)
+    return what_next(TASK_RUN, settings.state_dir, settings.infile)
 
 
 async def _run_manager(
