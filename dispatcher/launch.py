@@ -289,6 +289,8 @@ class LocalRun:
             failure = DispatcherError(self._server.last_words())
             failure.exit_code = ExitCode(code) if code in (1, 2, 3) else ExitCode.ERROR
             raise failure from error
+        if ready[1] is None and self._server.reads_input and self._args.resume is None:
+            self._display.note("the run was complete before: standard input was not read")
         self._server.reads_input = False  # all of it is in the state directory
         # Should it die and be started again, failures and pauses since this start count.
         once = (ACCEPT_FAILURES, UNPAUSE)
