@@ -34,6 +34,7 @@ from dispatcher.doctor.places import (
 from dispatcher.doctor.task import check_task
 from dispatcher.errors import StateError
 from dispatcher.storage.source import InputLine
+from tests.support.kinds import write_gzip
 from tests.support.processes import dispatcher_server, run_python
 from tests.support.scripted import Script, scripted
 
@@ -218,6 +219,14 @@ def test_the_beginning_of_a_compressed_input_is_looked_at(tmp_path: Path) -> Non
     assert sample.first is not None
     assert sample.copied_bytes == len(line) * 200 + 7
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lines_that_are_estimated_are_not_said_to_be_counted(tmp_path: Path) -> None:
+    lines = [json.dumps({"q": "x" * (number // 10)}).encode() + b"\n" for number in range(3000)]
+    finding, _ = check_input(write_gzip(tmp_path, b"".join(lines)), 1 << 20)
+    assert "(gzip), about " in finding.found
+    finding, _ = check_input(write_gzip(tmp_path, b"".join(lines[:400])), 1 << 20)
+    assert "(gzip), 400 lines" in finding.found
 
 
 def test_standard_input_is_not_looked_at(tmp_path: Path) -> None:
