@@ -7,6 +7,7 @@ import json
 import os
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from dispatcher.errors import StartStoppedError, StateError, StorageError, UsageError
 from dispatcher.input_options import InputOptions, check_input_options
+from dispatcher.run_command import note_start
 from dispatcher.storage.inputs import data_sets
 from dispatcher.storage.inputs.copying import Copying
 from dispatcher.storage.inputs.opening import reader_of
@@ -251,6 +253,19 @@ def test_a_broken_description_of_a_saved_set_is_named(content: str, tmp_path: Pa
     one = save_data_set(tmp_path / "one", alone=ROWS)
     (one / "state.json").write_text(content)
     assert "state.json or" in refusal_of(one)
+
+
+@pytest.mark.parametrize("written", ["outfile", "state_dir"])
+def test_nothing_is_written_into_the_directory_of_a_data_set(written: str, tmp_path: Path) -> None:
+    directory = jsonl_files(tmp_path / "files", train=ROWS)
+    (tmp_path / "link").symlink_to(directory)
+    state = tmp_path / "state"
+    run = RunSettings(Path(f"hf:{directory}"), tmp_path / "out.jsonl", state)
+    place = tmp_path / "link" / "x"
+    with pytest.raises(UsageError, match="x is in the directory of the input"):
+        note_start(replace(run, **{written: place}))  # type: ignore[arg-type]
+    assert [path.name for path in directory.iterdir()] == ["train.jsonl"]
+    note_start(replace(run, outfile=directory / ".answers" / "out.jsonl"))
 
 
 def test_options_of_data_sets_are_refused_with_other_inputs(tmp_path: Path) -> None:

@@ -39,31 +39,31 @@ def was_saved(directory: Path) -> bool:
 
 
 class DataSetReader(InputReader):
-    """The rows of one split of a data set."""
+    """The rows of one split of a data set; `directory` is None for one of the hub."""
 
     kind = "datasets"
 
     def __init__(self, path: Path, options: InputOptions) -> None:
         self.name = str(path)
         self._options = options
-        self._directory = data_set_directory(path) if is_data_set(path) else path
+        self.directory = data_set_directory(path) if is_data_set(path) else path
         self._rows = self._rows_read = 0
         self._made_builder: Any = None
-        if self._directory is not None and not self._directory.is_dir():
+        if self.directory is not None and not self.directory.is_dir():
             raise UsageError(
-                f"the input {path}: there is no directory {self._directory}; name one, or a data "
+                f"the input {path}: there is no directory {self.directory}; name one, or a data "
                 f"set of the hub as {HUB}NAME"
             )
 
     def fingerprint(self) -> dict[str, Any]:
         """Return that of the files; of a data set of the hub its revision, which it is asked."""
-        if self._directory is None:
+        if self.directory is None:
             return self._named() | {"revision": str(self._builder().hash)}
-        return fingerprint_of_files(self._directory, _files_in(self._directory)) | self._named()
+        return fingerprint_of_files(self.directory, _files_in(self.directory)) | self._named()
 
     def fingerprint_beside(self, before: dict[str, Any]) -> dict[str, Any]:
         """Return the same without asking the hub: the revision that was copied is the run's."""
-        return self.fingerprint() if self._directory is not None else before | self._named()
+        return self.fingerprint() if self.directory is not None else before | self._named()
 
     def blocks(self, stop: CopyStop) -> Iterator[bytes]:
         """Yield the rows as lines."""
@@ -77,7 +77,7 @@ class DataSetReader(InputReader):
 
     def _named(self) -> dict[str, Any]:
         named = {"subset": self._options.subset, "split": self._options.split}
-        return named if self._directory is not None else {"name": self.name, **named}
+        return named if self.directory is not None else {"name": self.name, **named}
 
     # ---------------------------------------------------------------- rows
 
@@ -104,12 +104,12 @@ class DataSetReader(InputReader):
         yield from rows.with_format("arrow").iter(batch_size=_BATCH_ROWS)
 
     def _load(self) -> Any:
-        if self._directory is not None and was_saved(self._directory):
-            return self._load_saved(self._directory)
+        if self.directory is not None and was_saved(self.directory):
+            return self._load_saved(self.directory)
         builder = self._builder()
         splits = [*(builder.info.splits or ()), *(builder.config.data_files or ())]
         split = self._split_of(list(dict.fromkeys(map(str, splits))))
-        if self._options.streaming or self._directory is not None:
+        if self._options.streaming or self.directory is not None:
             # What is prepared of files is kept by their names and times, so that rows could be
             # those of older files; and all splits are, although one is wanted.
             files = builder.config.data_files
@@ -156,7 +156,7 @@ class DataSetReader(InputReader):
 
     def _make_builder(self) -> Any:
         datasets = _package(self.name)
-        where = str(self._directory) if self._directory else self.name.removeprefix(HUB)
+        where = str(self.directory) if self.directory else self.name.removeprefix(HUB)
         try:
             return datasets.load_dataset_builder(where, name=self._options.subset)
         except Exception as error:  # the hub's, the network's, or that of a file
@@ -191,7 +191,7 @@ class DataSetReader(InputReader):
                 f"the data set {self.name} cannot be read{after}: one of its files is empty; "
                 "remove it, or write rows to it"
             )
-        if self._directory is not None:
+        if self.directory is not None:
             return UsageError(
                 f"the data set {self.name} cannot be read{after}: {said}; mend its files, or name "
                 "one that load_dataset reads"
@@ -222,10 +222,14 @@ def _files_in(directory: Path) -> list[Path]:
     """Return the files at any depth, without those that begin with a dot."""
     found = []
     for path in directory.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        if not hidden and path.is_file():
+        if not is_hidden(path, directory) and path.is_file():
             found.append(path)
     return found
+
+
+def is_hidden(path: Path, directory: Path) -> bool:
+    """Say whether a path in a directory is none of its data: a name begins with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(directory).parts)
 
 
 def _package(name: str) -> Any:
