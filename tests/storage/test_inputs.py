@@ -124,6 +124,17 @@ def test_a_file_that_was_cut_off_says_how_far_it_was_readable(
 
 
 @MAKERS
+def test_of_a_file_that_was_cut_off_before_any_text_nobody_doubts_the_name(
+    make: Callable[[Path, bytes], Path], tmp_path: Path
+) -> None:
+    path = make(tmp_path, LINES)
+    path.write_bytes(path.read_bytes()[:8])
+    said = refusal_of(path)
+    assert "cut off, and none of its text could be read; copy or make it anew" in said
+    assert "name it" not in said
+
+
+@MAKERS
 def test_a_damaged_file_is_refused(make: Callable[[Path, bytes], Path], tmp_path: Path) -> None:
     path = make(tmp_path, os.urandom(20_000).hex().encode())
     whole = bytearray(path.read_bytes())
