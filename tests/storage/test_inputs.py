@@ -226,6 +226,30 @@ def test_a_changed_original_is_told_although_the_copy_is_there(
     assert len(lines) == 1000  # what it began with
 
 
+def test_a_damaged_copy_is_named_and_made_anew_once_it_is_removed(tmp_path: Path) -> None:
+    path, state = write_gzip(tmp_path, LINES), tmp_path / "state"
+    run = RunSettings(path, tmp_path / "out", state)
+    _, before = opened(path, state, is_begun=False)
+    (state / "input.spool").write_bytes(LINES[:-20])
+    with pytest.raises(StateError, match=r"input\.spool, the copy .*; remove it, and start"):
+        check_input(run, before, opened(path, state, is_begun=True)[1])
+    (state / "input.spool").unlink()
+    check_input(run, before, opened(path, state, is_begun=True)[1])
+
+
+def test_a_damaged_copy_of_a_pipe_cannot_be_made_anew(tmp_path: Path) -> None:
+    path, state = tmp_path / "pipe", tmp_path / "state"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(LINES,))
+    writer.start()
+    _, before = opened(path, state, is_begun=False)
+    writer.join()
+    (state / "input.spool").write_bytes(LINES[:-20])
+    now = opened(path, state, is_begun=True)[1]
+    with pytest.raises(StateError, match=r"input\.spool, the copy .*; restore it"):
+        check_input(RunSettings(path, tmp_path / "out", state), before, now)
+
+
 @MAKERS
 def test_before_a_run_began_a_changed_original_is_copied_anew(
     make: Callable[[Path, bytes], Path], tmp_path: Path
