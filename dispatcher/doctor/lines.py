@@ -89,9 +89,11 @@ def _part_text(
     what = f"{reader.name} ({reader.kind})"
     if part.size_bytes is None:
         return what
+    size = f"{'' if part.is_whole else 'about '}{size_text(part.size_bytes)} as JSON lines"
+    if (known := reader.known_lines) is not None:
+        return f"{what}, {known:,} lines, {size}"
     about = "" if is_whole else "about "
-    in_all = lines * part.size_bytes / max(1, read)
-    return f"{what}, {about}{in_all:,.0f} lines, {size_text(part.size_bytes)} as JSON lines"
+    return f"{what}, {about}{lines * part.size_bytes / max(1, read):,.0f} lines, {size}"
 
 
 def _look(source: LineSource) -> tuple[Finding, Sample | None]:

@@ -75,6 +75,12 @@ class DataSetReader(InputReader):
         """Return which share of the rows has been read."""
         return min(1.0, self._rows_read / self._rows) if self._rows else None
 
+    @property
+    def known_lines(self) -> int | None:
+        """The number of rows, of a saved data set; what others say of themselves may be old."""
+        is_saved = self.directory is not None and was_saved(self.directory)
+        return self._rows or None if is_saved else None
+
     def _named(self) -> dict[str, Any]:
         named = {"subset": self._options.subset, "split": self._options.split}
         return named if self.directory is not None else {"name": self.name, **named}
