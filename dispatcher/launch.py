@@ -39,7 +39,7 @@ from dispatcher.errors import (
     QuotaExhaustedError,
     UsageError,
 )
-from dispatcher.input_options import INPUT_HELP, input_path, is_data_set, is_standard_input
+from dispatcher.input_options import INPUT_HELP, is_data_set, is_standard_input
 from dispatcher.pause_notes import PauseNotes
 from dispatcher.preview.command import add_preview_options, preview
 from dispatcher.progress import Display, LogDisplay, make_display, model_lines
@@ -54,8 +54,10 @@ from dispatcher.run_command import (
     note_start,
     read_start,
     resume_hint,
+    what_next,
 )
 from dispatcher.run_facts import clock, facts_of_summary
+from dispatcher.run_paths import input_option, output_option, state_option
 from dispatcher.server_file import TOKEN_VARIABLE, page_hint, server_file_in
 from dispatcher.storage.files import Files
 from dispatcher.storage.inputs.pipe import CLOSED
@@ -108,13 +110,21 @@ def build_parser() -> Parser:
     )
     add_task_options(parser)
     files = parser.add_argument_group("files")
-    files.add_argument("--input", type=input_path, required=True, metavar="INPUT", help=INPUT_HELP)
+    files.add_argument(
+        "--input", type=input_option, required=True, metavar="INPUT", help=INPUT_HELP
+    )
     add_input_options(files)
     files.add_argument(
-        "--output", type=Path, metavar="FILE", help="output, one result a line; required to run"
+        "--output",
+        type=output_option,
+        metavar="FILE",
+        help="output, one result a line; required to run",
     )
     files.add_argument(
-        "--state", type=Path, metavar="DIR", help="state directory (default: OUTPUT.dispatch)"
+        "--state",
+        type=state_option,
+        metavar="DIR",
+        help="state directory (default: OUTPUT.dispatch)",
     )
     files.add_argument("--config", type=Path, metavar="FILE", help="YAML file of these options")
     parser.add_argument(
@@ -158,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"dispatcher run: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # before the signal was taken over
-        hint = f"; go on with: {resume_hint(LOCAL_RUN, noted)}" if noted else ""
+        hint = f"; {what_next(LOCAL_RUN, noted, start.args.input)}" if noted else ""
         print(f"dispatcher run: stopped before anything was handed out{hint}", file=sys.stderr)
         return ExitCode.STOPPED
 
@@ -281,6 +291,8 @@ class LocalRun:
             failure = DispatcherError(self._server.last_words())
             failure.exit_code = ExitCode(code) if code in (1, 2, 3) else ExitCode.ERROR
             raise failure from error
+        if ready[1] is None and self._server.reads_input and self._args.resume is None:
+            self._display.note("the run was complete before: standard input was not read")
         self._server.reads_input = False  # all of it is in the state directory
         # Should it die and be started again, failures and pauses since this start count.
         once = (ACCEPT_FAILURES, UNPAUSE)
@@ -419,7 +431,7 @@ class LocalRun:
             unpause = f" {options_that_go_on(paused['by'])}" if paused else ""
             self._display.note(
                 f"{ended} after {clock(seconds)} with at least {self._status.get('done', 0)} lines "
-                f"done; go on with: {self._resume_hint}{unpause}"
+                f"done; {what_next(LOCAL_RUN, self._state_dir, self._args.input)}{unpause}"
             )
             return ExitCode.STOPPED
         summary = run_file.get("summary", {})

@@ -29,6 +29,7 @@ from dispatcher.errors import UsageError
 from dispatcher.input_options import absolute_input, is_standard_input
 from dispatcher.storage import run_state
 from dispatcher.storage.files import Files
+from dispatcher.storage.inputs.opening import check_apart, is_there
 from dispatcher.storage.opening import utc_now
 from dispatcher.storage.run_state import (
     RUN_FILE,
@@ -177,9 +178,13 @@ def check_copied(start: Start, infile: Path) -> None:
 def note_start(settings: RunSettings) -> None:
     """Write down that the run is being started, unless it was before: now it can be resumed.
 
-    Raises UsageError or StorageError when the state directory cannot be made.
+    Raises UsageError or StorageError when the state directory cannot be made, or must not be
+    where it is.
     """
     files = Files()
+    if is_there(settings.infile):
+        written = settings.outfile, settings.state_dir
+        check_apart(settings.infile, settings.input_options, *written)
     make_state_dir(settings.state_dir, files)
     content = {
         "state": STARTING,
@@ -193,6 +198,13 @@ def note_start(settings: RunSettings) -> None:
 def resume_hint(program: str, state_dir: Path) -> str:
     """Return the command that goes on with a run."""
     return f"{program} --resume {shlex.quote(str(state_dir))}"
+
+
+def what_next(program: str, state_dir: Path, infile: Path) -> str:
+    """Return how a run goes on that was stopped, also while standard input was still copied."""
+    if is_standard_input(infile) and not (state_dir / SPOOL_FILE).exists():
+        return "give the whole command again, with the whole of standard input"
+    return f"go on with: {resume_hint(program, state_dir)}"
 
 
 # -------------------------------------------------------------------- from parent to child

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ROOT
+from tests.support.processes import ROOT, wait_until
 
 TASK = "examples/chat_task.py:ChatTask"
 
@@ -66,6 +67,35 @@ def test_a_missing_input_is_named(command: object, tmp_path: Path) -> None:
     code, stderr = ended(*command(tmp_path / "nowhere.jsonl", tmp_path / "out.jsonl"))
     assert code == 2
     assert_one_sentence(stderr, "nowhere.jsonl", "input")
+
+
+UNUSABLE = [
+    ("input", ""),
+    ("input", "hf:"),
+    ("input", "x" * 256),
+    ("output", ""),
+    ("output", "."),
+    ("output", "/"),
+    ("output", "x" * 250),
+    ("state", ""),
+    ("state", "x" * 256),
+    ("state", "d/" * 2500),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("option", "value"), UNUSABLE)
+def test_a_path_that_names_nothing_is_refused_by_its_option(
+    command: object, option: str, value: str, tmp_path: Path, infile: Path
+) -> None:
+    assert callable(command)
+    given = {"input": infile, "output": tmp_path / "out.jsonl", "state": tmp_path / "s"}
+    given[option] = value  # type: ignore[assignment]
+    code, stderr = ended(*command(given["input"], given["output"]), f"--state={given['state']}")
+    assert code == 2
+    file = f"--{option[:-3]}file" if command is server and option != "state" else f"--{option}"
+    assert_one_sentence(stderr, f"argument {file}: ")
+    assert list(tmp_path.iterdir()) == [infile]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -225,3 +255,28 @@ def test_help_of_every_command_names_its_options() -> None:
             check=True,
         )
         assert option in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_stop_while_standard_input_is_copied_says_that_all_of_it_is_needed_again(
+    command: object, tmp_path: Path
+) -> None:
+    assert callable(command)
+    outfile = tmp_path / "out.jsonl"
+    partial = tmp_path / "out.jsonl.dispatch" / "input.partial"
+    with subprocess.Popen(
+        [sys.executable, "-m", *map(str, command(Path("-"), outfile))],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        wait_until(partial.exists, "a copy was begun")
+        process.send_signal(signal.SIGINT)
+        # Its standard input stays open: a stop does not wait for the end of that.
+        assert process.wait(20) == 3
+        assert process.stdout is not None
+        said = process.stdout.read()
+    assert "give the whole command again, with the whole of standard input" in said
+    assert "--resume" not in said

@@ -34,6 +34,7 @@ from dispatcher.doctor.places import (
 from dispatcher.doctor.task import check_task
 from dispatcher.errors import StateError
 from dispatcher.storage.source import InputLine
+from tests.support.kinds import save_data_set, write_gzip, write_parquet
 from tests.support.processes import dispatcher_server, run_python
 from tests.support.scripted import Script, scripted
 
@@ -218,6 +219,24 @@ def test_the_beginning_of_a_compressed_input_is_looked_at(tmp_path: Path) -> Non
     assert sample.first is not None
     assert sample.copied_bytes == len(line) * 200 + 7
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_lines_that_are_estimated_are_not_said_to_be_counted(tmp_path: Path) -> None:
+    lines = [json.dumps({"q": "x" * (number // 10)}).encode() + b"\n" for number in range(3000)]
+    finding, _ = check_input(write_gzip(tmp_path, b"".join(lines)), 1 << 20)
+    assert "(gzip), about " in finding.found
+    finding, _ = check_input(write_gzip(tmp_path, b"".join(lines[:400])), 1 << 20)
+    assert "(gzip), 400 lines" in finding.found
+
+
+def test_rows_that_a_file_counts_itself_are_told_exactly(tmp_path: Path) -> None:
+    rows = [{"q": "x" * (number // 10)} for number in range(3000)]
+    for infile in (
+        write_parquet(tmp_path / "a.parquet", rows),
+        save_data_set(tmp_path / "s", alone=rows),
+    ):
+        finding, _ = check_input(infile, 1 << 20)
+        assert "), 3,000 lines, " in finding.found
 
 
 def test_standard_input_is_not_looked_at(tmp_path: Path) -> None:

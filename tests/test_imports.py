@@ -17,6 +17,7 @@ FLOORS = [
     ("dispatcher.taskmanager.backend.request", 0),
     ("dispatcher.help_text", 0),
     ("dispatcher.input_options", 1),
+    ("dispatcher.run_paths", 1),
     ("dispatcher.fakellm", 0),
     ("dispatcher.core", 1),
     ("dispatcher.config", 1),

@@ -200,8 +200,10 @@ def test_a_run_over_standard_input_is_killed_resumed_and_complete(tmp_path: Path
     run_file = load_run_file(run.state_dir, Files())
     assert run_file is not None
     assert run_file["command"]["options"]["input"] == "-"
-    code, output = ended(run.begin())
-    assert code == 0, output
+    for complete, has_new_input in ((run.begin, True), (run.resume, False)):
+        code, output = ended(complete())
+        assert code == 0, output
+        assert ("standard input was not read" in output) is has_new_input
 
 
 def test_standard_input_that_was_not_copied_whole_is_asked_for_again(tmp_path: Path) -> None:

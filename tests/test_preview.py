@@ -20,6 +20,7 @@ from dispatcher.taskmanager.backend.base import SimpleBackend
 from dispatcher.taskmanager.backend.request import Request, Response
 from dispatcher.taskmanager.manager import Manager
 from tests.support.fickle_tasks import FickleTask
+from tests.support.kinds import write_gzip
 from tests.support.processes import run_python, running, wait_until
 
 FICKLE = "tests/support/fickle_tasks.py:FickleTask"
@@ -298,6 +299,16 @@ def test_an_empty_input_cannot_be_previewed(tmp_path: Path) -> None:
     code, output = run_python(*command(tmp_path, [], "--preview", "1"))
     assert code == 2
     assert "is empty" in output
+
+
+def test_an_empty_input_that_is_no_plain_file_is_named_as_it_was_given(tmp_path: Path) -> None:
+    infile = write_gzip(tmp_path, b"")
+    code, output = run_python(
+        *("-m", "dispatcher.cli", "run", "--task", FICKLE, "--backend", "fake"),
+        *("--input", infile, "--preview", "1"),
+    )
+    assert code == 2
+    assert f"the input {infile} is empty" in output
 
 
 def test_a_preview_that_is_interrupted_ends_its_model_server_and_leaves_nothing(

@@ -41,7 +41,8 @@ from dispatcher.doctor.places import (
 from dispatcher.doctor.server import check_server
 from dispatcher.doctor.task import check_task
 from dispatcher.errors import DispatcherError, ExitCode
-from dispatcher.input_options import INPUT_HELP, input_path
+from dispatcher.input_options import INPUT_HELP
+from dispatcher.run_paths import input_option, output_option, state_option
 from dispatcher.server_file import token_given
 from dispatcher.taskmanager.backend.making import check_keys, gpus_needed
 from dispatcher.taskmanager.backend.options import add_backend_options
@@ -72,12 +73,17 @@ def build_parser() -> Parser:
     add_task_options(parser)
     files = parser.add_argument_group("files")
     files.add_argument(
-        "--input", "--infile", type=input_path, metavar="INPUT", help=f"the run's {INPUT_HELP}"
+        "--input", "--infile", type=input_option, metavar="INPUT", help=f"the run's {INPUT_HELP}"
     )
     add_input_options(files)
-    files.add_argument("--output", "--outfile", type=Path, metavar="FILE", help="the run's output")
     files.add_argument(
-        "--state", type=Path, metavar="DIR", help="state directory (default: OUTPUT.dispatch)"
+        "--output", "--outfile", type=output_option, metavar="FILE", help="the run's output"
+    )
+    files.add_argument(
+        "--state",
+        type=state_option,
+        metavar="DIR",
+        help="state directory (default: OUTPUT.dispatch)",
     )
     files.add_argument(
         "--expect-bytes-per-line",

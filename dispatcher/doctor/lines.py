@@ -77,19 +77,23 @@ def _look_at_beginning(
         lines = _read(part.source, 0, part.source.size_bytes)[:_PART_LINES]
         read = sum(line.next_offset - line.offset for line in lines)
         is_whole = part.is_whole and read == part.source.size_bytes
-        what = _part_text(reader, part, read, len(lines))
+        what = _part_text(reader, part, read, len(lines), is_whole=is_whole)
         finding, sample = _judge(what, part.size_bytes, lines, is_whole)
         copied = part.size_bytes or 0
         return finding, replace(sample, copied_bytes=copied) if sample is not None else None
 
 
-def _part_text(reader: InputReader, part: Beginning, read: int, lines: int) -> str:
+def _part_text(
+    reader: InputReader, part: Beginning, read: int, lines: int, *, is_whole: bool
+) -> str:
     what = f"{reader.name} ({reader.kind})"
     if part.size_bytes is None:
         return what
-    about = "" if part.is_whole else "about "
-    in_all = lines * part.size_bytes / max(1, read)
-    return f"{what}, {about}{in_all:,.0f} lines, {size_text(part.size_bytes)} as JSON lines"
+    size = f"{'' if part.is_whole else 'about '}{size_text(part.size_bytes)} as JSON lines"
+    if (known := reader.known_lines) is not None:
+        return f"{what}, {known:,} lines, {size}"
+    about = "" if is_whole else "about "
+    return f"{what}, {about}{lines * part.size_bytes / max(1, read):,.0f} lines, {size}"
 
 
 def _look(source: LineSource) -> tuple[Finding, Sample | None]:

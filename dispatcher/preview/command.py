@@ -91,15 +91,23 @@ def _read(args: argparse.Namespace, directory: Path) -> Beginning:
     if reader is None:
         source = LineSource(args.input, args.max_line_bytes)
         try:
-            return _first_lines(source, args.preview, source.size_bytes)
+            return _first_lines(source, str(args.input), args.preview, source.size_bytes)
         finally:
             source.close()
     with beginning_of(reader, directory, args.max_line_bytes, args.preview) as part:
-        return _first_lines(part.source, args.preview, part.size_bytes, is_part=not part.is_whole)
+        is_part = not part.is_whole
+        return _first_lines(
+            part.source, reader.name, args.preview, part.size_bytes, is_part=is_part
+        )
 
 
 def _first_lines(
-    source: LineSource, count: int, size_bytes: float | None, *, is_part: bool = False
+    source: LineSource,
+    name: str,
+    count: int,
+    size_bytes: float | None,
+    *,
+    is_part: bool = False,
 ) -> Beginning:
     lines: list[InputLine] = []
     offset = 0
@@ -110,7 +118,7 @@ def _first_lines(
         lines += more
         offset = more[-1].next_offset
     if not lines:
-        raise UsageError(f"the input {source.path} is empty; there is nothing to preview")
+        raise UsageError(f"the input {name} is empty; there is nothing to preview")
     in_all = len(lines) * size_bytes / offset if size_bytes is not None else 0
     return Beginning(lines, in_all, is_exact=offset >= source.size_bytes and not is_part)
 

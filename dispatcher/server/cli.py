@@ -34,7 +34,7 @@ from dispatcher.errors import (
     StorageError,
     UsageError,
 )
-from dispatcher.input_options import INPUT_HELP, input_path
+from dispatcher.input_options import INPUT_HELP
 from dispatcher.progress import LogDisplay
 from dispatcher.remedies import options_that_go_on
 from dispatcher.run_command import (
@@ -45,7 +45,9 @@ from dispatcher.run_command import (
     read_start,
     resume_hint,
     take_handed_over,
+    what_next,
 )
+from dispatcher.run_paths import input_option, output_option, state_option
 from dispatcher.server import tls
 from dispatcher.server.access import Gate
 from dispatcher.server.app import OVERVIEW, listen, make_app, stop_listening
@@ -142,14 +144,25 @@ def build_parser() -> Parser:
         epilog=_EXAMPLES,
     )
     files = parser.add_argument_group("files")
-    files.add_argument("--infile", type=input_path, required=True, metavar="INPUT", help=INPUT_HELP)
-    add_input_options(files)
-    files.add_argument("--outfile", type=Path, required=True, help="output, one result a line")
     files.add_argument(
-        "--state", type=Path, metavar="DIR", help="state directory (default: OUTFILE.dispatch)"
+        "--infile", type=input_option, required=True, metavar="INPUT", help=INPUT_HELP
+    )
+    add_input_options(files)
+    files.add_argument(
+        "--outfile", type=output_option, required=True, help="output, one result a line"
     )
     files.add_argument(
-        "--checkpoint", type=Path, dest="state", metavar="PATH", help="older name of --state"
+        "--state",
+        type=state_option,
+        metavar="DIR",
+        help="state directory (default: OUTFILE.dispatch)",
+    )
+    files.add_argument(
+        "--checkpoint",
+        type=state_option,
+        dest="state",
+        metavar="PATH",
+        help="older name of --state",
     )
     files.add_argument(
         "--takeover",
@@ -321,9 +334,10 @@ async def _start(service: DispatchService, stop: asyncio.Event) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await starting
         program = (service.settings.command or {}).get("program", SERVER)
+        settings = service.settings
         raise StartStoppedError(
-            "stopped before anything was handed out; go on with: "
-            f"{resume_hint(program, service.settings.state_dir)}"
+            "stopped before anything was handed out; "
+            f"{what_next(program, settings.state_dir, settings.infile)}"
         )
     await starting
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import secrets
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from dispatcher.config import RunSettings
 from dispatcher.core.events import Counters, QueueState
 from dispatcher.core.work_queue import WorkQueue
 from dispatcher.errors import StateError
+from dispatcher.input_options import is_standard_input
 from dispatcher.storage.files import Files
 from dispatcher.storage.inputs.copying import Copying, origin_now
 from dispatcher.storage.inputs.opening import input_kind, is_there, open_source, reader_of
@@ -24,6 +26,8 @@ from dispatcher.storage.run_state import STARTING, load_run_file, save_run_file
 from dispatcher.storage.same_run import check_command, check_input, check_output, going_on, shown
 from dispatcher.storage.source import LineSource
 from dispatcher.storage.writer import SOLE_OWNER, Owner, RunWriter
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -64,7 +68,12 @@ def open_run(
     """
     run_file = load_run_file(settings.state_dir, files) or {}
     if run_file.get("state") == STARTING:
-        run_file = {}  # nobody came to have that run
+        # Nobody came to have that run; until this one has begun, --resume is to go on with it.
+        if settings.command and run_file.get("command") != settings.command:
+            owner.confirm()
+            begun = run_file | {"command": dict(settings.command)}
+            save_run_file(settings.state_dir, begun, files)
+        run_file = {}
     writer = RunWriter(settings.state_dir / JOURNAL_DIR, settings.outfile, files, owner)
     if run_file.get("state") == "complete":
         return _open_complete(settings, writer, run_file, epoch, now)
@@ -162,7 +171,10 @@ def _open_complete(
 def _check_complete_input(settings: RunSettings, before: dict[str, Any]) -> None:
     """Compare the input with the one that was answered, where that can be done by a look."""
     if not is_there(settings.infile):
-        return  # what is read once is not read a second time
+        # What is read once is not read a second time.
+        if is_standard_input(settings.infile):
+            log.warning("the run is complete: standard input was not read")
+        return
     reader = reader_of(settings.infile, settings.input_options)
     if reader is None:
         source = LineSource(settings.infile, settings.max_line_bytes)

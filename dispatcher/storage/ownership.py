@@ -335,6 +335,21 @@ class Ownership:
         return f"another server ({claim.owner})" if claim is not None else "another process"
 
 
+def may_be_anothers(state_dir: Path, files: Files) -> bool:
+    """Say whether a process claimed the run that has not ended, as far as can be told from here.
+
+    Only a look: nothing is claimed. Raises OSError.
+    """
+    directory = state_dir / OWNERS_DIR
+    epochs = [int(name) for name in files.names(directory) if name.isdecimal()]
+    if not epochs:
+        return False
+    claim = _decode(files.read_whole(directory / _name(max(epochs))) or b"")
+    if claim is None:
+        return True
+    return not (claim.ended or Identity.of_this_process().knows_dead(claim.owner))
+
+
 def _name(epoch: int) -> str:
     return f"{epoch:06d}"
 

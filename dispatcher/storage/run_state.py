@@ -13,7 +13,7 @@ import yaml
 from dispatcher.errors import StateError, StorageError, UsageError
 from dispatcher.storage.files import Files
 from dispatcher.storage.journal import JOURNAL_DIR
-from dispatcher.storage.ownership import OWNERS_DIR
+from dispatcher.storage.ownership import OWNERS_DIR, may_be_anothers
 from dispatcher.storage.spool import SPOOL_DIR
 
 RUN_FILE = "run.yaml"
@@ -77,14 +77,15 @@ def _in_one_line(error: Exception) -> str:
 def note_start(state_dir: Path, content: dict[str, Any], files: Files) -> None:
     """Write a first run.yaml, unless somebody had the run before: then it is its owner's alone.
 
-    So a run can be resumed that is stopped before its owner came to write one. Nothing else rests
-    on it, and where it cannot be written the run says so itself.
+    So a run can be resumed that is stopped before its owner came to write one. Of two that start
+    it at a time, the one that comes to own it writes its own (opening.py). Nothing else rests on
+    it, and where it cannot be written the run says so itself.
     """
     path = state_dir / RUN_FILE
     with contextlib.suppress(OSError, StateError, StorageError):
         known = load_run_file(state_dir, files)
         if known is not None:
-            if known.get("state") == STARTING:
+            if known.get("state") == STARTING and not may_be_anothers(state_dir, files):
                 save_run_file(state_dir, content, files)
             return
         partial = path.with_name(f".{RUN_FILE}.{secrets.token_hex(8)}.tmp")

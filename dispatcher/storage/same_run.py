@@ -15,6 +15,8 @@ import yaml
 
 from dispatcher.config import RunSettings
 from dispatcher.errors import StateError
+from dispatcher.storage.inputs.opening import is_there
+from dispatcher.storage.run_state import SPOOL_FILE
 
 _SHOWN_CHARACTERS = 60
 _ACCEPT = "--accept-changes goes on with it"
@@ -26,11 +28,30 @@ def check_input(settings: RunSettings, before: dict[str, Any], now: dict[str, An
     """Raise StateError when the input's fingerprint is another one now."""
     if before == now:
         return
+    copy = settings.state_dir / SPOOL_FILE
+    if _is_of_copy(settings, before, now) and copy.exists():
+        remedy = "restore it from a backup, or start a new run with another --outfile"
+        if is_there(settings.infile):
+            remedy = "remove it, and start the same command again, which makes it anew"
+        raise StateError(
+            f"{copy}, the copy of the input {settings.infile}, is not what this run began with; "
+            f"{remedy}"
+        )
     raise StateError(
         f"the input {settings.infile} is not the one this run began with: "
         f"{_input_change(before, now)} changed; restore it, or start a new run with another "
         "output"
     )
+
+
+_OF_COPY = ("size", "head", "tail", "samples")
+"""What is told of the file that is read by offset, which may be a copy."""
+
+
+def _is_of_copy(settings: RunSettings, before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Say whether a copy changed, and not what it was made of."""
+    rest = [{k: v for k, v in each.items() if k not in _OF_COPY} for each in (before, now)]
+    return rest[0] == rest[1] and ("original" in now or not is_there(settings.infile))
 
 
 _PARTS = (

@@ -28,7 +28,7 @@ from dispatcher.config import (
     run_settings_of,
 )
 from dispatcher.errors import BackendRefusalError, DispatcherError, ExitCode, UsageError
-from dispatcher.input_options import INPUT_HELP, input_path
+from dispatcher.input_options import INPUT_HELP
 from dispatcher.models import ModelStats, WorkerStats
 from dispatcher.run_command import (
     TASK_RUN,
@@ -37,8 +37,9 @@ from dispatcher.run_command import (
     check_copied,
     note_start,
     read_start,
-    resume_hint,
+    what_next,
 )
+from dispatcher.run_paths import input_option, output_option, state_option
 from dispatcher.server_file import TOKEN_VARIABLE, token_given
 from dispatcher.taskmanager.backend.accounts import for_heartbeat
 from dispatcher.taskmanager.backend.base import Backend
@@ -115,12 +116,15 @@ def build_parser() -> Parser:
         "certificate that this system trusts)",
     )
     source.add_argument(
-        "--input", type=input_path, metavar="INPUT", help=f"file mode: {INPUT_HELP}"
+        "--input", type=input_option, metavar="INPUT", help=f"file mode: {INPUT_HELP}"
     )
     add_input_options(source)
-    source.add_argument("--output", type=Path, metavar="FILE", help="file mode: output")
+    source.add_argument("--output", type=output_option, metavar="FILE", help="file mode: output")
     source.add_argument(
-        "--state", type=Path, metavar="DIR", help="file mode: state (default: OUTPUT.dispatch)"
+        "--state",
+        type=state_option,
+        metavar="DIR",
+        help="file mode: state (default: OUTPUT.dispatch)",
     )
     source.add_argument(
         "--server-timeout",
@@ -306,8 +310,8 @@ async def run(
 def _what_next(args: argparse.Namespace) -> str:
     if args.dispatcher is not None:
         return "what was not finished was given back"
-    state_dir = run_settings_of(args, args.input, args.output).state_dir
-    return f"go on with: {resume_hint(TASK_RUN, state_dir)}"
+    settings = run_settings_of(args, args.input, args.output)
+    return what_next(TASK_RUN, settings.state_dir, settings.infile)
 
 
 async def _run_manager(

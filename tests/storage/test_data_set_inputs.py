@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 
 from dispatcher.errors import StartStoppedError, StateError, StorageError, UsageError
 from dispatcher.input_options import InputOptions, check_input_options
+from dispatcher.run_command import note_start
 from dispatcher.storage.inputs import data_sets
 from dispatcher.storage.inputs.copying import Copying
 from dispatcher.storage.inputs.opening import reader_of
@@ -83,6 +86,25 @@ def test_a_directory_that_load_dataset_reads_is_its_rows(streaming: bool, tmp_pa
     assert rows_of(f"hf:{directory}", streaming=streaming) == ROWS
     assert rows_of(f"hf:{directory}", streaming=streaming, split="test") == ROWS[:2]
     assert "no split 'dev'" in refusal_of(f"hf:{directory}", streaming=streaming, split="dev")
+
+
+def test_the_rows_are_those_of_the_files_now_although_their_times_are_as_before(
+    tmp_path: Path,
+) -> None:
+    directory = jsonl_files(tmp_path / "files", train=ROWS[:3])
+    assert rows_of(f"hf:{directory}") == ROWS[:3]
+    file = directory / "train.jsonl"
+    before = file.stat()
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS[3:6]))
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert file.stat().st_size == before.st_size
+    assert rows_of(f"hf:{directory}") == ROWS[3:6]
+
+
+def test_a_split_with_other_columns_is_in_nobodys_way(tmp_path: Path) -> None:
+    directory = jsonl_files(tmp_path / "files", train=ROWS, test=[{"other": "column"}])
+    assert rows_of(f"hf:{directory}", split="train") == ROWS
+    assert rows_of(f"hf:{directory}", split="test") == [{"other": "column"}]
 
 
 def test_parquet_and_csv_files_are_read_too(tmp_path: Path) -> None:
@@ -197,6 +219,53 @@ def test_a_full_cache_is_no_bad_data_set(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(data_sets.DataSetReader, "_load", fail)
     with pytest.raises(StorageError, match="--input-streaming"):
         rows_of("hf:org/name")
+
+
+def test_a_full_disk_is_found_below_what_datasets_says_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("An error occurred") from OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(data_sets.DataSetReader, "_load", fail)
+    with pytest.raises(StorageError, match=r"No space left; .*--input-streaming"):
+        rows_of("hf:org/name")
+
+
+def test_the_innermost_cause_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> Any:
+        raise RuntimeError("An error occurred") from ValueError("row 7 is\nno row")
+
+    monkeypatch.setattr(data_sets.DataSetReader, "_load", fail)
+    assert "hub: row 7 is no row;" in refusal_of("hf:org/name")
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
+    directory = jsonl_files(tmp_path / "files", train=[])
+    assert "one of its files is empty" in refusal_of(f"hf:{directory}")
+
+
+@pytest.mark.parametrize("content", ["{}", "no JSON", "[]"])
+def test_a_broken_description_of_a_saved_set_is_named(content: str, tmp_path: Path) -> None:
+    several = save_data_set(tmp_path / "several", train=ROWS, test=ROWS)
+    (several / "dataset_dict.json").write_text(content)
+    assert "dataset_dict.json is not as save_to_disk writes it" in refusal_of(several)
+    one = save_data_set(tmp_path / "one", alone=ROWS)
+    (one / "state.json").write_text(content)
+    assert "state.json or" in refusal_of(one)
+
+
+@pytest.mark.parametrize("written", ["outfile", "state_dir"])
+def test_nothing_is_written_into_the_directory_of_a_data_set(written: str, tmp_path: Path) -> None:
+    directory = jsonl_files(tmp_path / "files", train=ROWS)
+    (tmp_path / "link").symlink_to(directory)
+    state = tmp_path / "state"
+    run = RunSettings(Path(f"hf:{directory}"), tmp_path / "out.jsonl", state)
+    place = tmp_path / "link" / "x"
+    with pytest.raises(UsageError, match="x is in the directory of the input"):
+        note_start(replace(run, **{written: place}))  # type: ignore[arg-type]
+    assert [path.name for path in directory.iterdir()] == ["train.jsonl"]
+    note_start(replace(run, outfile=directory / ".answers" / "out.jsonl"))
 
 
 def test_options_of_data_sets_are_refused_with_other_inputs(tmp_path: Path) -> None:

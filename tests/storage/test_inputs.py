@@ -124,6 +124,17 @@ def test_a_file_that_was_cut_off_says_how_far_it_was_readable(
 
 
 @MAKERS
+def test_of_a_file_that_was_cut_off_before_any_text_nobody_doubts_the_name(
+    make: Callable[[Path, bytes], Path], tmp_path: Path
+) -> None:
+    path = make(tmp_path, LINES)
+    path.write_bytes(path.read_bytes()[:8])
+    said = refusal_of(path)
+    assert "cut off, and none of its text could be read; copy or make it anew" in said
+    assert "name it" not in said
+
+
+@MAKERS
 def test_a_damaged_file_is_refused(make: Callable[[Path, bytes], Path], tmp_path: Path) -> None:
     path = make(tmp_path, os.urandom(20_000).hex().encode())
     whole = bytearray(path.read_bytes())
@@ -213,6 +224,30 @@ def test_a_changed_original_is_told_although_the_copy_is_there(
     with pytest.raises(StateError, match=r"its size \(\d+ bytes then, \d+ now\)"):
         check_input(run, before, now)
     assert len(lines) == 1000  # what it began with
+
+
+def test_a_damaged_copy_is_named_and_made_anew_once_it_is_removed(tmp_path: Path) -> None:
+    path, state = write_gzip(tmp_path, LINES), tmp_path / "state"
+    run = RunSettings(path, tmp_path / "out", state)
+    _, before = opened(path, state, is_begun=False)
+    (state / "input.spool").write_bytes(LINES[:-20])
+    with pytest.raises(StateError, match=r"input\.spool, the copy .*; remove it, and start"):
+        check_input(run, before, opened(path, state, is_begun=True)[1])
+    (state / "input.spool").unlink()
+    check_input(run, before, opened(path, state, is_begun=True)[1])
+
+
+def test_a_damaged_copy_of_a_pipe_cannot_be_made_anew(tmp_path: Path) -> None:
+    path, state = tmp_path / "pipe", tmp_path / "state"
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_bytes, args=(LINES,))
+    writer.start()
+    _, before = opened(path, state, is_begun=False)
+    writer.join()
+    (state / "input.spool").write_bytes(LINES[:-20])
+    now = opened(path, state, is_begun=True)[1]
+    with pytest.raises(StateError, match=r"input\.spool, the copy .*; restore it"):
+        check_input(RunSettings(path, tmp_path / "out", state), before, now)
 
 
 @MAKERS

@@ -53,10 +53,14 @@ class CompressedReader(InputReader):
     def _text(self, raw: BinaryIO) -> Iterator[bytes]:
         """Yield the text in blocks."""
 
-    def _refuse(self, why: str, error: Exception | None = None) -> UsageError:
+    def _no_such_kind(self, why: str) -> UsageError:
+        return UsageError(f"the input {self.name} is {why}; name it by what it is, or make it anew")
+
+    def _refuse(self, why: str) -> UsageError:
         if not self._text_bytes:
             return UsageError(
-                f"the input {self.name} is {why}; name it by what it is, or make it anew"
+                f"the input {self.name} is {why}, and none of its text could be read; copy or make "
+                "it anew"
             )
         return UsageError(
             f"the input {self.name} is {why}, after {self._text_bytes:,} bytes of text that could "
@@ -78,8 +82,9 @@ class GzipReader(CompressedReader):
                 while block := file.read1(BLOCK_BYTES):
                     yield block
         except gzip.BadGzipFile as error:
-            what = "no gzip file" if not self._text_bytes else f"damaged ({error})"
-            raise self._refuse(what) from error
+            if not self._text_bytes:
+                raise self._no_such_kind("no gzip file") from error
+            raise self._refuse(f"damaged ({error})") from error
         except zlib.error as error:
             raise self._refuse(f"damaged ({error})") from error
         except EOFError as error:
@@ -104,8 +109,9 @@ class ZstdReader(CompressedReader):
                     gathered += frame.decompress(piece)
                 except zstd_error as error:
                     self._text_bytes += len(gathered)
-                    what = "damaged" if self._text_bytes or is_within else "no zstd file"
-                    raise self._refuse(f"{what} ({error})") from error
+                    if self._text_bytes or is_within:
+                        raise self._refuse(f"damaged ({error})") from error
+                    raise self._no_such_kind(f"no zstd file ({error})") from error
                 is_within = not frame.eof
                 piece = frame.unused_data if frame.eof else b""
                 if frame.eof:

@@ -28,6 +28,7 @@ _DEFAULT_SPLIT = "train"
 _DICT_FILE = "dataset_dict.json"
 _SET_FILES = ("state.json", "dataset_info.json")
 _SHOWN_CHARACTERS = 300
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def was_saved(directory: Path) -> bool:
@@ -38,31 +39,31 @@ def was_saved(directory: Path) -> bool:
 
 
 class DataSetReader(InputReader):
-    """The rows of one split of a data set."""
+    """The rows of one split of a data set; `directory` is None for one of the hub."""
 
     kind = "datasets"
 
     def __init__(self, path: Path, options: InputOptions) -> None:
         self.name = str(path)
         self._options = options
-        self._directory = data_set_directory(path) if is_data_set(path) else path
+        self.directory = data_set_directory(path) if is_data_set(path) else path
         self._rows = self._rows_read = 0
         self._made_builder: Any = None
-        if self._directory is not None and not self._directory.is_dir():
+        if self.directory is not None and not self.directory.is_dir():
             raise UsageError(
-                f"the input {path}: there is no directory {self._directory}; name one, or a data "
+                f"the input {path}: there is no directory {self.directory}; name one, or a data "
                 f"set of the hub as {HUB}NAME"
             )
 
     def fingerprint(self) -> dict[str, Any]:
         """Return that of the files; of a data set of the hub its revision, which it is asked."""
-        if self._directory is None:
+        if self.directory is None:
             return self._named() | {"revision": str(self._builder().hash)}
-        return fingerprint_of_files(self._directory, _files_in(self._directory)) | self._named()
+        return fingerprint_of_files(self.directory, _files_in(self.directory)) | self._named()
 
     def fingerprint_beside(self, before: dict[str, Any]) -> dict[str, Any]:
         """Return the same without asking the hub: the revision that was copied is the run's."""
-        return self.fingerprint() if self._directory is not None else before | self._named()
+        return self.fingerprint() if self.directory is not None else before | self._named()
 
     def blocks(self, stop: CopyStop) -> Iterator[bytes]:
         """Yield the rows as lines."""
@@ -74,9 +75,15 @@ class DataSetReader(InputReader):
         """Return which share of the rows has been read."""
         return min(1.0, self._rows_read / self._rows) if self._rows else None
 
+    @property
+    def known_lines(self) -> int | None:
+        """The number of rows, of a saved data set; what others say of themselves may be old."""
+        is_saved = self.directory is not None and was_saved(self.directory)
+        return self._rows or None if is_saved else None
+
     def _named(self) -> dict[str, Any]:
         named = {"subset": self._options.subset, "split": self._options.split}
-        return named if self._directory is not None else {"name": self.name, **named}
+        return named if self.directory is not None else {"name": self.name, **named}
 
     # ---------------------------------------------------------------- rows
 
@@ -103,12 +110,17 @@ class DataSetReader(InputReader):
         yield from rows.with_format("arrow").iter(batch_size=_BATCH_ROWS)
 
     def _load(self) -> Any:
-        if self._directory is not None and was_saved(self._directory):
-            return self._load_saved(self._directory)
+        if self.directory is not None and was_saved(self.directory):
+            return self._load_saved(self.directory)
         builder = self._builder()
         splits = [*(builder.info.splits or ()), *(builder.config.data_files or ())]
         split = self._split_of(list(dict.fromkeys(map(str, splits))))
-        if self._options.streaming:
+        if self._options.streaming or self.directory is not None:
+            # What is prepared of files is kept by their names and times, so that rows could be
+            # those of older files; and all splits are, although one is wanted.
+            files = builder.config.data_files
+            if files and split in files:  # or its columns would have to be those of the first split
+                builder.config.data_files = type(files)({split: files[split]})
             return builder.as_streaming_dataset(split=split)
         builder.download_and_prepare()
         return builder.as_dataset(split=split)
@@ -118,12 +130,29 @@ class DataSetReader(InputReader):
         if self._options.subset:
             raise UsageError(f"{self.name} has no subsets; leave --input-subset out")
         if not (directory / _DICT_FILE).is_file():
-            rows = datasets.load_from_disk(str(directory))
+            rows = self._load_rows(datasets, directory)
             if self._options.split is not None:
                 self._split_of([str(rows.split)] if rows.split else [])
             return rows
-        splits = json.loads((directory / _DICT_FILE).read_text())["splits"]
-        return datasets.load_from_disk(str(directory / self._split_of(splits)))
+        try:
+            content = json.loads((directory / _DICT_FILE).read_text())
+            splits = [str(name) for name in content["splits"]]
+        except (ValueError, LookupError, TypeError) as error:
+            raise self._damaged(directory / _DICT_FILE) from error
+        return self._load_rows(datasets, directory / self._split_of(splits))
+
+    def _load_rows(self, datasets: Any, directory: Path) -> Any:
+        try:
+            return datasets.load_from_disk(str(directory))
+        except (ValueError, LookupError, TypeError) as error:
+            states = " or ".join(str(directory / name) for name in _SET_FILES)
+            raise self._damaged(states) from error
+
+    def _damaged(self, what: object) -> UsageError:
+        return UsageError(
+            f"the data set {self.name} cannot be read: {what} is not as save_to_disk writes it; "
+            "save it anew"
+        )
 
     def _builder(self) -> Any:
         """Return what prepares the rows, of one revision."""
@@ -133,7 +162,7 @@ class DataSetReader(InputReader):
 
     def _make_builder(self) -> Any:
         datasets = _package(self.name)
-        where = str(self._directory) if self._directory else self.name.removeprefix(HUB)
+        where = str(self.directory) if self.directory else self.name.removeprefix(HUB)
         try:
             return datasets.load_dataset_builder(where, name=self._options.subset)
         except Exception as error:  # the hub's, the network's, or that of a file
@@ -155,14 +184,20 @@ class DataSetReader(InputReader):
     def _failure(self, error: Exception) -> DispatcherError:
         if isinstance(error, DispatcherError):
             return error
-        said = " ".join(str(error).split())[:_SHOWN_CHARACTERS] or type(error).__name__
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        causes = _causes_of(error)
+        said = _said_by(causes)
+        if any(isinstance(e, OSError) and e.errno in _FULL for e in causes):
             return StorageError(
                 f"the data set {self.name} cannot be downloaded: {said}; make room where HF_HOME "
                 "is, or give --input-streaming, which keeps no files there"
             )
         after = f" after {self._rows_read:,} rows" if self._rows_read else ""
-        if self._directory is not None:
+        if any(isinstance(e, StopIteration) for e in causes):
+            return UsageError(
+                f"the data set {self.name} cannot be read{after}: one of its files is empty; "
+                "remove it, or write rows to it"
+            )
+        if self.directory is not None:
             return UsageError(
                 f"the data set {self.name} cannot be read{after}: {said}; mend its files, or name "
                 "one that load_dataset reads"
@@ -173,14 +208,34 @@ class DataSetReader(InputReader):
         )
 
 
+def _causes_of(error: BaseException) -> list[BaseException]:
+    """Return an error and what it came from, the innermost last."""
+    causes = [error]
+    while (cause := causes[-1].__cause__) is not None and cause not in causes:
+        causes.append(cause)
+    return causes
+
+
+def _said_by(causes: list[BaseException]) -> str:
+    """Return the words of the innermost error that has any, with its kind where they tell none."""
+    for error in reversed(causes):
+        if said := " ".join(str(error).split())[:_SHOWN_CHARACTERS]:
+            return f"{type(error).__name__}: {said}" if isinstance(error, LookupError) else said
+    return type(causes[-1]).__name__
+
+
 def _files_in(directory: Path) -> list[Path]:
     """Return the files at any depth, without those that begin with a dot."""
     found = []
     for path in directory.rglob("*"):
-        hidden = any(part.startswith(".") for part in path.relative_to(directory).parts)
-        if not hidden and path.is_file():
+        if not is_hidden(path, directory) and path.is_file():
             found.append(path)
     return found
+
+
+def is_hidden(path: Path, directory: Path) -> bool:
+    """Say whether a path in a directory is none of its data: a name begins with a dot."""
+    return any(part.startswith(".") for part in path.relative_to(directory).parts)
 
 
 def _package(name: str) -> Any:

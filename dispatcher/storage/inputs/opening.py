@@ -10,7 +10,7 @@ from dispatcher.errors import UsageError
 from dispatcher.input_options import InputOptions, is_data_set, is_standard_input
 from dispatcher.storage.inputs.compressed import GzipReader, ZstdReader
 from dispatcher.storage.inputs.copying import Copying, copy_input, origin_now, origin_of_copy
-from dispatcher.storage.inputs.data_sets import DataSetReader, was_saved
+from dispatcher.storage.inputs.data_sets import DataSetReader, is_hidden, was_saved
 from dispatcher.storage.inputs.parquet import SUFFIX, ParquetReader, parquet_files
 from dispatcher.storage.inputs.pipe import PipeReader
 from dispatcher.storage.inputs.reader import InputReader, without_waiting
@@ -83,6 +83,24 @@ def open_source(
     if not has_copy or (not is_begun and origin != kept):
         copy_input(reader, state_dir, origin, copying)
     return LineSource(spool, max_line_bytes, origin)
+
+
+def check_apart(path: Path, options: InputOptions, *written: Path) -> None:
+    """Refuse to write into the directory of a data set: what is written would be part of it.
+
+    Raises UsageError.
+    """
+    reader = reader_of(path, options)
+    if not isinstance(reader, DataSetReader) or reader.directory is None:
+        return
+    directory = reader.directory.resolve()
+    for place in written:
+        within = place.resolve()
+        if within.is_relative_to(directory) and not is_hidden(within, directory):
+            raise UsageError(
+                f"{place} is in the directory of the input {path}, which would change with it; "
+                "name a place outside of it"
+            )
 
 
 def is_there(path: Path) -> bool:

@@ -43,6 +43,11 @@ class ParquetReader(InputReader):
         """Return which share of the rows has been read."""
         return self._rows_read / self._rows if self._rows else None
 
+    @property
+    def known_lines(self) -> int | None:
+        """The number of rows."""
+        return self._rows or None
+
     def _lines(self, stop: CopyStop) -> Iterator[bytes]:
         # Each file's end tells its rows; of a damaged one this is where it shows.
         self._rows = sum(self._open(path).metadata.num_rows for path in self._files)

@@ -58,6 +58,11 @@ class InputReader(ABC):
         """Return which share of the original has been read, 0 to 1, if that can be told."""
         return None
 
+    @property
+    def known_lines(self) -> int | None:
+        """How many lines there are in all, if the original says so; told once reading began."""
+        return None
+
     def fingerprint_beside(self, before: dict[str, Any]) -> dict[str, Any] | None:
         """Return the fingerprint to compare with one of before, without asking other machines."""
         return self.fingerprint()
