@@ -13,5 +13,6 @@ if [ "$#" -gt 0 ]; then
     exec .venv/bin/pytest "$@"
 fi
 .venv/bin/pytest -q -n 2 --dist worksteal -m "not slow and not model and not vllm"
-.venv/bin/pytest -q -n 2 --dist loadgroup -m "(slow or model or vllm) and not fault"
+# By file, so that the engines of vLLM, which take all cores, start once and not side by side.
+.venv/bin/pytest -q -n 2 --dist loadfile -m "(slow or model or vllm) and not fault"
 .venv/bin/pytest -q -n 2 --dist worksteal -m "fault" -rP

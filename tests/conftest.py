@@ -50,20 +50,12 @@ def missing_part(item: pytest.Item) -> str | None:
     return None
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the long tests that break things on purpose; they run last.
-
-    Tests run on two processes. Those that share what the machine has but once stay on one: the
-    Slurm cluster, and vLLM, which takes all cores.
-    """
+    """Mark the long tests that break things on purpose; they run last."""
     for item in items:
         is_slow = item.get_closest_marker("slow") is not None
         if is_slow and item.path.parent.name in ("faults", "core", "storage"):
             item.add_marker(pytest.mark.fault)
-        for part in ("slurm", "vllm"):
-            if item.get_closest_marker(part) is not None:
-                item.add_marker(pytest.mark.xdist_group(part))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -152,7 +152,7 @@ class Stage:
         worker = f"exec dispatcher-task-run --dispatcher @{_SERVER_FILE} {fake}"
         with ExitStack() as others:
             if is_served:
-                server = others.enter_context(self.process(*_SERVER.split()))
+                server = others.enter_context(self.process(*_SERVER.split(), "--port", "0"))
                 wait_until(self._serves, "a server", 30)
             run = others.enter_context(self.process("bash", "-c", worker if is_served else whole))
             if is_complete:
