@@ -9,9 +9,12 @@ DispatcherError                 exit code 1
 │   └── SpoolFileError          a worker's spooled results cannot be used; the run goes on
 │       └── SpoolUnreadableError  not now: the file system failed
 ├── StorageError                a file operation failed
+│   ├── TooFarError             a line of a large file was not found in the time there is
 │   ├── StorageFullError        nothing was changed; the same call may succeed later (507)
 │   └── SyncFailedError         a sync failed: what is on disk is unknown, the process must end
 ├── BadRequestError             a client sent something the protocol does not allow (400)
+├── BodyTooLargeError           a call's body has more bytes than a server takes (413)
+├── UnsupportedTypeError        a call's body is not said to be JSON (415)
 ├── AccessDeniedError           a server wants another token, or TLS (401, 403, 426)
 ├── BackendError                a model server cannot be started or used
 │   ├── BackendRefusalError     it refuses whatever this run asks: starting again is in vain
@@ -94,6 +97,10 @@ class SyncFailedError(StorageError):
 
 class TooFarError(StorageError):
     """A place in a large file was not found in the time that there is for it."""
+
+
+class BodyTooLargeError(DispatcherError):
+    """A call's body has more bytes than a server takes."""
 
 
 class UnsupportedTypeError(DispatcherError):

@@ -9,8 +9,9 @@ from enum import Enum, auto
 from typing import Any, TypeVar
 
 import msgspec
+from aiohttp import StreamReader
 
-from dispatcher.errors import BadRequestError, UnsupportedTypeError
+from dispatcher.errors import BadRequestError, BodyTooLargeError, UnsupportedTypeError
 from dispatcher.models import (
     LATENCY_BOUNDS_S,
     MAX_MODEL_NAME,
@@ -103,6 +104,7 @@ def _bearer(token: str | None) -> bytes:
     return f"Bearer {token}".encode() if token is not None else b"\n"
 
 
+TOO_LARGE = f"the body is larger than {BODY_BYTES >> 20} MiB; send less at a time"
 NO_TOKEN = (
     'this server wants a token in the header "Authorization: Bearer TOKEN"; it is in server.json '
     "in the run's state directory (older clients, which send none, need a server with --no-auth)"
@@ -120,6 +122,23 @@ class Submission(msgspec.Struct):
     items: list[ResultItem]
     worker: str | None = None
     want: int = 0
+
+
+async def read_body(content: StreamReader) -> bytes:
+    """Read a request's body. Raises BodyTooLargeError when it is, unpacked, larger than may be.
+
+    `Request.read` would keep the body until its connection has another one, and reads a compressed
+    one in pieces as large as a body may be: 64 MiB for every connection that is idle.
+    """
+    parts: list[bytes] = []
+    size = 0
+    while not content.at_eof():
+        part = await content.readany()
+        size += len(part)
+        if size > BODY_BYTES:
+            raise BodyTooLargeError(TOO_LARGE)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def decode(body: bytes, kind: type[T]) -> T:

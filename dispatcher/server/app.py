@@ -17,6 +17,7 @@ from dispatcher.core.buckets import CALL_BOUNDS_S, Buckets
 from dispatcher.errors import (
     AccessDeniedError,
     BadRequestError,
+    BodyTooLargeError,
     DispatcherError,
     StorageFullError,
     UnsupportedTypeError,
@@ -88,7 +89,7 @@ class DrainOrder(msgspec.Struct):
 
 def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -> web.Application:
     """Build the application around one run."""
-    app = web.Application(client_max_size=access.BODY_BYTES)
+    app = web.Application()
     app[SERVICE] = service
     app[CONNECTIONS] = Connections(limits or ConnectionLimits())
     app[OVERVIEW], app[ITEMS], app[PAGE_FILES] = Overview(service), ItemView(service), PageFiles()
@@ -187,7 +188,7 @@ class FrontDoor:
             if role is STRANGER and not is_for_everybody(request.method, request.path):
                 return _unauthorized(access.WRONG_TOKEN if shown else access.NO_TOKEN)
             if not is_here and (request.content_length or 0) > access.BODY_BYTES:
-                return _closing(_problem(413, _TOO_LARGE))
+                raise BodyTooLargeError(access.TOO_LARGE)
             if request.method == hdrs.METH_POST:
                 headers = request.headers
                 access.check_is_json(headers.get(hdrs.CONTENT_TYPE), headers.get(hdrs.ORIGIN))
@@ -199,6 +200,8 @@ class FrontDoor:
             return _problem(400, str(error))
         except UnsupportedTypeError as error:
             return _closing(_problem(415, str(error)))
+        except BodyTooLargeError as error:
+            return _closing(_problem(413, str(error)))
         except AccessDeniedError as error:
             return _problem(403, str(error))
         except StorageFullError as error:
@@ -234,7 +237,7 @@ async def get_work(request: web.Request) -> web.Response:
 async def post_results(request: web.Request) -> web.Response:
     """POST /results"""
     service = request.app[SERVICE]
-    submission, unreadable = access.decode_submission(await request.read())
+    submission, unreadable = access.decode_submission(await access.read_body(request.content))
     worker = access.worker_name(submission.worker)
     work = None
     if submission.want > 0:
@@ -250,7 +253,7 @@ async def post_results(request: web.Request) -> web.Response:
 
 async def post_release(request: web.Request) -> web.Response:
     """POST /release"""
-    body = access.decode(await request.read(), ReleaseWorkRequest)
+    body = access.decode(await access.read_body(request.content), ReleaseWorkRequest)
     access.check_length(body.work_ids, "work_ids", access.MAX_ITEMS)
     access.check_length(body.items, "items", access.MAX_ITEMS)
     # Existing clients name ids alone: charged, and what was recorded is dropped.
@@ -260,7 +263,7 @@ async def post_release(request: web.Request) -> web.Response:
 
 async def post_heartbeat(request: web.Request) -> web.Response:
     """POST /heartbeat"""
-    body = access.decode(await request.read(), HeartbeatRequest)
+    body = access.decode(await access.read_body(request.content), HeartbeatRequest)
     access.check_length(body.held, "held", access.MAX_HELD)
     if not access.worker_name(body.worker):
         raise BadRequestError('"worker" is missing')
@@ -272,7 +275,7 @@ async def post_heartbeat(request: web.Request) -> web.Response:
 async def post_steps(request: web.Request) -> web.Response:
     """POST /steps"""
     service = request.app[SERVICE]
-    steps, unreadable = access.decode_steps(await request.read())
+    steps, unreadable = access.decode_steps(await access.read_body(request.content))
     outcomes = await service.record_steps(steps)
     for place in unreadable:
         outcomes.insert(place, StepOutcome.INVALID)
@@ -301,7 +304,7 @@ async def get_item(request: web.Request) -> web.Response:
 async def post_work_timeout(request: web.Request) -> web.Response:
     """POST /work_timeout"""
     _check_admin(request)
-    timeout_s = access.decode(await request.read(), WorkTimeout).timeout
+    timeout_s = access.decode(await access.read_body(request.content), WorkTimeout).timeout
     if not 0 < timeout_s < float("inf"):
         raise BadRequestError('"timeout" must be seconds above 0')
     request.app[SERVICE].set_work_timeout(timeout_s)
@@ -311,7 +314,7 @@ async def post_work_timeout(request: web.Request) -> web.Response:
 async def post_max_failures(request: web.Request) -> web.Response:
     """POST /max_failures"""
     _check_admin(request)
-    body = access.decode(await request.read(), MaxFailures)
+    body = access.decode(await access.read_body(request.content), MaxFailures)
     if body.limit is None and not body.accept:
         raise BadRequestError('give "limit", as 200, "5%" or "off", or "accept": true, or both')
     limit = str(body.limit) if body.limit is not None else None
@@ -327,7 +330,7 @@ async def post_max_failures(request: web.Request) -> web.Response:
 async def post_pause(request: web.Request) -> web.Response:
     """POST /pause"""
     _check_admin(request)
-    body = access.decode(await request.read(), PauseOrder)
+    body = access.decode(await access.read_body(request.content), PauseOrder)
     service = request.app[SERVICE]
     if body.paused:
         said = await steering.pause(service, access.reason(body.reason))
@@ -339,7 +342,7 @@ async def post_pause(request: web.Request) -> web.Response:
 async def post_drain(request: web.Request) -> web.Response:
     """POST /drain"""
     _check_admin(request)
-    access.decode(await request.read(), DrainOrder)
+    access.decode(await access.read_body(request.content), DrainOrder)
     return _json({"status": "OK", "message": await steering.drain(request.app[SERVICE])})
 
 
@@ -375,12 +378,9 @@ def _json(value: object, status: int = 200) -> web.Response:
 
 
 _NOT_KEPT = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-_TOO_LARGE = f"the body is larger than {access.BODY_BYTES >> 20} MiB; send less at a time"
 
 
 def _http_problem(error: web.HTTPException) -> web.Response:
-    if error.status == 413:
-        return _closing(_problem(413, _TOO_LARGE))
     hint = "docs/protocol.md has every call of this server"
     reply = _problem(error.status, f"{error.reason}: {hint}")
     if "Allow" in error.headers:

@@ -60,7 +60,11 @@ NO_REPLY_LATENCIES = 4
 """How long the fuzzer stays when its request may not be one that is answered, in seconds and in
 terms of what others wait."""
 
-PEAK_BYTES, RESIDENT_BYTES = 1024 * MIB, 256 * MIB
+LARGE_AT_THE_END = 10
+"""So many of these follow one by one when all else is over: were each body kept, they would be
+640 MiB."""
+
+PEAK_BYTES, RESIDENT_BYTES = 512 * MIB, 256 * MIB
 """Resident memory of the server: at most, and when all is over. A few bodies of 64 MiB fit."""
 
 BROKEN = "<<broken>>"
@@ -1062,6 +1066,12 @@ async def fuzz(address: str, fuzzer: Fuzzer, seen: Fuzzed, shots: Iterable[int])
     await asyncio.gather(*(shooter() for _ in range(CONNECTIONS)))
 
 
+async def fuzz_with_large_bodies(address: str, fuzzer: Fuzzer, seen: Fuzzed) -> None:
+    """Fire those requests that unpack to the most, one after the other."""
+    for nth in range(1, LARGE_AT_THE_END + 1):
+        await fuzz(address, fuzzer, seen, [nth * LARGE_EVERY - 1])
+
+
 def memory_bytes(pid: int) -> dict[str, int]:
     """Return the resident memory of a process, now and at most; nothing where it is not told."""
     path = Path(f"/proc/{pid}/status")
@@ -1099,6 +1109,7 @@ def test_ten_thousand_wrong_requests_harm_neither_the_server_nor_the_run(tmp_pat
             fuzzing = asyncio.create_task(fuzz(server.address, fuzzer, seen, shots))
             await client.keep_up(lambda: 1 if fuzzing.done() else 0.99 * seen.fired / len(shots))
             await fuzzing
+            await fuzz_with_large_bodies(server.address, fuzzer, seen)
             await client.finish()
 
         uvloop.run(asyncio.wait_for(everything(), 300))
@@ -1131,6 +1142,23 @@ class Stranger(Fuzzer):
         if call.body is not None:
             call.text = as_json(call.body)
         return self.stranger(rng, call)
+
+
+def test_a_connection_that_idles_keeps_nothing_of_its_last_body(tmp_path: Path) -> None:
+    body = b'{"items": [], "padding": "' + b"x" * (32 * MIB) + b'"}'
+    with serve(tmp_path) as server:
+        pid = json.loads(server.state_file.read_text())["pid"]
+        headers = server.headers | {"Content-Type": "application/json"}
+        idle = [http.client.HTTPConnection(server.address, timeout=REPLY_S) for _ in range(12)]
+        for connection in idle:
+            connection.request("POST", "/results", body, headers)
+            reply = connection.getresponse()
+            assert (reply.status, reply.getheader("Connection")) == (200, None), reply.read()
+            reply.read()
+        resident = memory_bytes(pid).get("VmRSS", 0)
+        for connection in idle:
+            connection.close()
+    assert resident < RESIDENT_BYTES
 
 
 def status_of(server: Server) -> dict[str, Any]:
