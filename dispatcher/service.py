@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from dispatcher.acknowledging import Acknowledgement
 from dispatcher.alarms import Alarms
 from dispatcher.config import RunSettings
 from dispatcher.core.buckets import BATCH_BOUNDS, Buckets
@@ -166,8 +167,8 @@ class DispatchService:
         self._claim_thread = make_thread("claim")
         self._fill_lock = asyncio.Lock()
         self._batch = Batch()
-        self._batch_done: asyncio.Future[None] | None = None
-        self._writing: asyncio.Future[None] | None = None
+        self._batch_done: Acknowledgement | None = None
+        self._writing: Acknowledgement | None = None
         self._work_queued = asyncio.Event()
         self._changed: asyncio.Future[None] | None = None
         self._checkpoint_at = 0.0
@@ -736,11 +737,11 @@ class DispatchService:
         self._queue_events()
         if self._batch.body or force:
             if self._batch_done is None:
-                self._batch_done = asyncio.get_running_loop().create_future()
+                self._batch_done = Acknowledgement()
                 self._work_queued.set()
-            await asyncio.shield(self._batch_done)
+            await self._batch_done.wait()
         elif self._writing is not None:
-            await asyncio.shield(self._writing)
+            await self._writing.wait()
         if decided_in is not self.queue:
             raise StorageFullError(_NOT_KEPT)
 
@@ -776,7 +777,7 @@ class DispatchService:
             else:
                 # Nobody may be told of what another server, which took over, does not know.
                 await self._until_confirmed()
-                _settle_future(done)
+                done.give()
                 self._bytes_written += len(batch.body)
                 if batch.sync_output:
                     self._synced_at_bytes = self._bytes_written
@@ -784,7 +785,7 @@ class DispatchService:
             self._writing = None
             await self._after_write()
 
-    def _swap_batch(self) -> tuple[Batch, asyncio.Future[None]]:
+    def _swap_batch(self) -> tuple[Batch, Acknowledgement]:
         self._queue_events()
         batch, done = self._batch, self._batch_done
         self._batch, self._batch_done = Batch(), None
@@ -801,7 +802,7 @@ class DispatchService:
         if batch.state is not None or many or (due and news):
             batch.sync_output = True
             self._checkpoint_at = now
-        return batch, done or asyncio.get_running_loop().create_future()
+        return batch, done or Acknowledgement()
 
     async def _after_write(self) -> None:
         assert self._writer is not None
@@ -814,7 +815,7 @@ class DispatchService:
         if self.queue.is_complete and not behind and not self._batch.body:
             await self._complete()
 
-    async def _undo(self, done: asyncio.Future[None], error: StorageFullError) -> None:
+    async def _undo(self, done: Acknowledgement, error: StorageFullError) -> None:
         """The batch is not on disk: go back to what the journal says."""
         assert self._writer is not None
         self._full_until = self._monotonic() + _FULL_PAUSE_S
@@ -829,9 +830,9 @@ class DispatchService:
         self.queue.note_written(self._writer.output.written)
         self._lines.clear()
         self._note_input_end()
-        _fail(done, error)
+        done.refuse(error)
         if failed_too is not None:
-            _fail(failed_too, error)
+            failed_too.refuse(error)
 
     async def _complete(self) -> None:
         assert self._writer is not None
@@ -847,7 +848,7 @@ class DispatchService:
         await self._in_writer(self._writer.remove_journal)
         self.finished.set()
         if self._batch_done is not None:
-            _settle_future(self._batch_done)  # asked for while the run was being completed
+            self._batch_done.give()  # asked for while the run was being completed
         self._notify()
 
     async def _save_summary(self) -> None:
@@ -929,7 +930,7 @@ class DispatchService:
         self._copy_stop.set()
         for waiting in (self._writing, self._batch_done):
             if waiting is not None:
-                _fail(waiting, self.failure)
+                waiting.refuse(self.failure)
         self.stopped.set()
         self._notify()
 
@@ -1001,14 +1002,3 @@ def _is_sound(step: StepItem) -> bool:
         and step.hash.isalnum()
         and step.hash.isascii()
     )
-
-
-def _settle_future(future: asyncio.Future[None]) -> None:
-    if not future.done():  # a failure of the input may have told those who wait already
-        future.set_result(None)
-
-
-def _fail(future: asyncio.Future[None], error: DispatcherError) -> None:
-    if not future.done():
-        future.set_exception(error)
-        future.exception()  # seen, even when nobody waits for it

@@ -75,7 +75,7 @@ MUTANTS = [
         "replies leave before the journal is written",
         SERVICE,
         "            self._writing = done\n",
-        "            self._writing = done\n            _settle_future(done)\n",
+        "            self._writing = done\n            done.give()\n",
         SEEDS,
         "was given twice|was done and was handed out again|two different results",
     ),

@@ -239,15 +239,18 @@ def test_a_copy_never_gets_an_answer_under_the_hash_of_another_request(
             files.hold_sync.clear()
             asking = await copy_of(service, "idle")
             await until(files.sync_waits)
-            assert service._writing is not None
+            writing = service._writing
+            assert writing is not None
+            give = writing.give
 
-            def change_it(_: object) -> None:
+            def change_it() -> None:
                 """Do what a call does that comes just when the copy's lease is on disk."""
                 (serial,) = (x.serial for x in service.queue.leases.values() if x.worker == "w")
                 outcome = service.queue.record_step(0, serial, 1, (0, 0), "B", b'"for B"')
                 assert outcome is StepOutcome.ACCEPTED
+                give()
 
-            service._writing.add_done_callback(change_it)
+            writing.give = change_it  # type: ignore[method-assign]
             files.hold_sync.set()
             (copy,) = (await asking).items
             assert service.queue.counters.steps == 2
