@@ -108,7 +108,9 @@ class AwakeClock:
     def now(self) -> float:
         """Return the time; a gap between two calls counts as `longest_s` at most."""
         current = self._clock()
-        self._now += min(max(0.0, current - self._last), self._longest_s)
+        gap_s = current - self._last
+        if gap_s > 0:
+            self._now += gap_s if gap_s < self._longest_s else self._longest_s
         self._last = current
         return self._now
 
@@ -294,20 +296,11 @@ class DispatchService:
 
     async def get_work(self, worker: str, count: int, wait_s: float = 0.0) -> BatchWorkResponse:
         """Hand out up to `count` items, waiting up to `wait_s` for the first one."""
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + wait_s
-        try:
-            while True:
-                self._check_usable()
-                queue = self.queue
-                items = await self._hand_out(worker, count)
-                left_s = deadline - loop.time()
-                if items or self.queue.is_complete or self._draining or left_s <= 0:
-                    break
-                self.queue.note_idle(worker, count)
-                await self._wait_for_change(left_s)
-        finally:
-            self.queue.note_idle(worker, 0)  # answered, or cancelled because the client left
+        self._check_usable()
+        queue = self.queue
+        items = await self._hand_out(worker, count)
+        if not items and wait_s > 0:
+            queue, items = await self._wait_for_work(worker, count, wait_s)
         await self._barrier(queue)
         if items:
             self.items_handed_out.observe(len(items))
@@ -321,6 +314,27 @@ class DispatchService:
         if self._draining:  # by then this server is away, and another one perhaps back
             retry_s = min(self.settings.retry_s, _DRAINING_RETRY_S)
         return BatchWorkResponse(WorkStatus.RETRY, retry_in=retry_s)
+
+    async def _wait_for_work(
+        self, worker: str, count: int, wait_s: float
+    ) -> tuple[WorkQueue, list[WorkItem]]:
+        """Hand out what becomes ready, and return it with the queue that decided it."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_s
+        queue, items = self.queue, list[WorkItem]()
+        try:
+            while not (items or self.queue.is_complete or self._draining):
+                left_s = deadline - loop.time()
+                if left_s <= 0:
+                    break
+                self.queue.note_idle(worker, count)
+                await self._wait_for_change(left_s)
+                self._check_usable()
+                queue = self.queue
+                items = await self._hand_out(worker, count)
+        finally:
+            self.queue.note_idle(worker, 0)  # answered, or cancelled because the client left
+        return queue, items
 
     async def submit(self, items: Sequence[ResultItem]) -> list[Outcome]:
         """Take results, each for itself; return what became of each, in order."""
@@ -547,27 +561,27 @@ class DispatchService:
         queue, now = self.queue, self._clock.now()
         if self._draining:
             return []
-        grants = queue.lease_ready(worker, count, now, REPLY_BYTES)
-        solo = any(grant.solo for grant in grants)
+        grants = queue.lease_ready(worker, count, now, REPLY_BYTES) if queue.ready_count else []
         texts: dict[int, str] = {}
         size = _bytes_of(grants, queue)
-        while len(grants) < count and not solo and queue.may_open() and size < REPLY_BYTES:
+        while (
+            len(grants) < count and not _is_solo(grants) and size < REPLY_BYTES and queue.may_open()
+        ):
             if not self._lines:
                 await self._fill_lines()
                 if queue is not self.queue:
                     raise StorageFullError(_NOT_KEPT)
                 continue
-            texts |= self._open_lines(count - len(grants), now)
             left = count - len(grants)
+            self._open_lines(left, now, texts)
             fresh = queue.lease_ready(worker, left, now, REPLY_BYTES - size, solo=not grants)
-            solo = any(grant.solo for grant in fresh)
             size += _bytes_of(fresh, queue)
             grants += fresh
         if not grants:
             grants = queue.lease_backup(worker, count, now, REPLY_BYTES)
-        self._queue_events()
         again = [grant for grant in grants if grant.work_id not in texts]
         if again:
+            self._queue_events()  # they can be written while the lines are read
             lines = await self._in_reader(self._fetch, [grant.offset for grant in again])
             texts |= {grant.work_id: line.text for grant, line in zip(again, lines, strict=True)}
         limit, run_id = queue.policy.max_retries, self.run_id
@@ -607,14 +621,13 @@ class DispatchService:
                     for position, (request_hash, answer) in sorted(steps.items())
                 ]
 
-    def _open_lines(self, count: int, now: float) -> dict[int, str]:
-        """Take up to `count` of the lines read ahead into the queue; return their texts."""
+    def _open_lines(self, count: int, now: float, texts: dict[int, str]) -> None:
+        """Take up to `count` of the lines read ahead into the queue; add their texts."""
         queue, lines = self.queue, self._lines
         room = min(count, len(lines), queue.window_room())
         taken = [lines.popleft() for _ in range(room)]
         first = queue.open_lines(taken[0].offset, [n.next_offset - n.offset for n in taken])
         self._note_input_end()
-        texts: dict[int, str] = {}
         for work_id, line in enumerate(taken, first):
             if line.defect is None:
                 texts[work_id] = line.text
@@ -622,7 +635,6 @@ class DispatchService:
                 limit = self.settings.max_line_bytes
                 refused = refused_line(work_id, line.defect, line.text, limit)
                 queue.tombstone(work_id, line.defect, refused, now)
-        return texts
 
     async def _fill_lines(self) -> None:
         async with self._fill_lock:
@@ -695,8 +707,7 @@ class DispatchService:
         if self.queue.condemned:
             await self._bury_condemned()
         self.alarms.look(self.queue)
-        self._queue_events()
-        if self.queue.ready_count or self.queue.is_complete:
+        if self._changed is not None and (self.queue.ready_count or self.queue.is_complete):
             self._notify()
 
     async def _bury_condemned(self) -> None:
@@ -754,11 +765,12 @@ class DispatchService:
     # ---------------------------------------------------------------- writing
 
     def _queue_events(self) -> None:
-        for event in self.queue.take_events():
-            self._batch.add(event)
-            self.observed.see(event, time.time())
-        self._batch.pasts += self.queue.take_pasts()
-        if self._batch.body:
+        batch, events = self._batch, self.queue.take_events()
+        if events:
+            for event in events:
+                batch.add(event)
+            self.observed.see(events, time.time())
+            batch.pasts += self.queue.take_pasts()
             self._work_queued.set()
 
     async def _commit_forever(self) -> None:
@@ -967,6 +979,10 @@ _HEARD_BEFORE = (
 )
 
 _NOT_KEPT = "the journal cannot be written (is the disk full?); nothing was changed, try again"
+
+
+def _is_solo(grants: Sequence[Grant]) -> bool:
+    return bool(grants) and grants[0].solo  # one that is has no other beside it
 
 
 def _bytes_of(grants: Sequence[Grant], queue: WorkQueue) -> int:

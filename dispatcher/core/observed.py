@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -96,13 +96,14 @@ class Observed:
                     self._givers.pop(next(iter(self._givers)))
                 self._givers[work_id] = lease.worker
 
-    def see(self, event: Event, at: float) -> None:
-        """Note which lines failed by this event, at a time of day."""
-        if isinstance(event, Finished):
-            if event.errors:
-                self._see_finished(event, at)
-        elif isinstance(event, Tombstoned):
-            self._keep(event.work_id, event.error, bytes(event.result), at)
+    def see(self, events: Iterable[Event], at: float) -> None:
+        """Note which lines failed by these events, at a time of day."""
+        for event in events:
+            if type(event) is Finished:
+                if event.errors:
+                    self._see_finished(event, at)
+            elif type(event) is Tombstoned:
+                self._keep(event.work_id, event.error, bytes(event.result), at)
 
     def latest_failed(self) -> list[FailedLine]:
         """Return the lines that failed last, the newest first."""

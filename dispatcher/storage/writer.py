@@ -57,7 +57,8 @@ SEGMENT_BYTES = 64 << 20
 SEGMENT_RESULTS = 200_000
 _APPEND_ITEMS = 4096
 _APPEND_BYTES = 8 << 20
-_CONCERN_STEPS = frozenset((Stepped, StepsCut, LeaseEnded, Finished, Tombstoned))
+_HOLD_RESULTS = frozenset((Finished, Tombstoned))
+_CONCERN_STEPS = _HOLD_RESULTS | {Stepped, StepsCut, LeaseEnded}
 
 
 @dataclass(slots=True)
@@ -83,14 +84,14 @@ class Batch:
 
     def add(self, event: Event) -> None:
         """Add an event as a record."""
-        body = self.body
+        body, kind = self.body, type(event)
         encode_into(event, body, -1)
-        work_ids, starts, results = payloads(event, len(body))
-        if results:
+        if kind in _HOLD_RESULTS:
+            work_ids, starts, results = payloads(event, len(body))
             self.work_ids += work_ids
             self.starts += starts
             self.results += results
-        if type(event) in _CONCERN_STEPS:
+        if kind in _CONCERN_STEPS:
             self.step_events.append((event, len(body)))
         body += b"\n"
 

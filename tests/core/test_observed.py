@@ -24,10 +24,10 @@ def finished(results: dict[int, bytes], kinds: dict[str, list[int]]) -> Finished
 def test_the_latest_failed_lines_are_told_newest_first_and_no_other() -> None:
     observed = Observed()
     results = {3: b"{}", 4: error(error="bad", message="why"), 5: b"1"}
-    observed.see(finished(results, {"bad": [4]}), 100.0)
-    observed.see(finished({6: b"{}"}, {}), 101.0)
+    observed.see([finished(results, {"bad": [4]})], 100.0)
+    observed.see([finished({6: b"{}"}, {})], 101.0)
     blank = error(error="blank_line", message="the line is blank")
-    observed.see(Tombstoned(7, "blank_line", msgspec.Raw(blank)), 102.0)
+    observed.see([Tombstoned(7, "blank_line", msgspec.Raw(blank))], 102.0)
     assert [(f.line, f.kind, f.message, f.at) for f in observed.latest_failed()] == [
         (7, "blank_line", "the line is blank", 102.0),
         (4, "bad", "why", 100.0),
@@ -39,7 +39,7 @@ def test_who_gave_the_result_is_known_where_the_lease_was() -> None:
     bad = error(error="bad")
     lease = Lease(9, 4, "node1", True, False, 0.0, 0.0)
     observed.meet([(4, 9, bad, "bad"), (5, None, bad, "bad"), (6, 9, b"{}", "")], {9: lease})
-    observed.see(finished({4: bad, 5: bad}, {"bad": [4, 5]}), 1.0)
+    observed.see([finished({4: bad, 5: bad}, {"bad": [4, 5]})], 1.0)
     assert [(f.line, f.worker) for f in observed.latest_failed()] == [(5, ""), (4, "node1")]
     assert observed.giver_of(4) == "node1"
     assert observed.giver_of(99) == ""
@@ -51,7 +51,7 @@ def test_however_many_lines_fail_few_are_kept_and_little_of_each() -> None:
     large = error(error="bad", message="m" * 100_000)
     for line in range(1000):
         observed.meet([(line, 1, large, "bad")] * 3, {1: lease})
-        observed.see(finished({line: large}, {"bad": [line]}), 0.0)
+        observed.see([finished({line: large}, {"bad": [line]})], 0.0)
     latest = observed.latest_failed()
     assert [each.line for each in latest] == [*range(999, 999 - MOST_ERRORS, -1)]
     assert max(len(each.message) for each in latest) == 300
