@@ -54,6 +54,7 @@ ITEMS = web.AppKey("items", ItemView)
 PAGE_FILES = web.AppKey("page_files", PageFiles)
 CALL_TIMES = web.AppKey("call_times", dict[str, Buckets])
 Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
+Call = Callable[[DispatchService, web.BaseRequest], Awaitable[web.Response]]
 _encode = msgspec.json.Encoder().encode
 _NEVER_S = 1e9
 _TIMED_CALLS = (
@@ -94,13 +95,9 @@ def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -
     app[CONNECTIONS] = Connections(limits or ConnectionLimits())
     app[OVERVIEW], app[ITEMS], app[PAGE_FILES] = Overview(service), ItemView(service), PageFiles()
     app[CALL_TIMES] = {path: Buckets(CALL_BOUNDS_S) for path in _TIMED_CALLS}
+    app.add_routes([web.route(*way, _routed(call)) for way, call in _CALLS_OF_WORKERS.items()])
     app.add_routes(
         [
-            web.get("/work", get_work, allow_head=False),
-            web.post("/results", post_results),
-            web.post("/release", post_release),
-            web.post("/heartbeat", post_heartbeat),
-            web.post("/steps", post_steps),
             web.get("/status", get_status),
             web.get("/overview", get_overview),
             web.get("/items/{line}", get_item),
@@ -143,7 +140,9 @@ async def listen(
     server = runner.server
     assert server is not None
     call_times = app[CALL_TIMES]
-    server.request_handler = FrontDoor(server.request_handler, gate, connections, call_times)
+    server.request_handler = FrontDoor(
+        server.request_handler, app[SERVICE], gate, connections, call_times
+    )
     await connections.start(server, listener, tls)
     return runner
 
@@ -165,11 +164,13 @@ class FrontDoor:
     def __init__(
         self,
         inside: Handler,
+        service: DispatchService,
         gate: Gate,
         connections: Connections,
         times: dict[str, Buckets],
     ) -> None:
         self._inside = inside
+        self._service = service
         self._gate = gate
         self._connections = connections.open
         self._times = times
@@ -192,7 +193,12 @@ class FrontDoor:
             if request.method == hdrs.METH_POST:
                 headers = request.headers
                 access.check_is_json(headers.get(hdrs.CONTENT_TYPE), headers.get(hdrs.ORIGIN))
-            reply = await self._inside(request)
+            # The router also asks for a body that is held back (`Expect: 100-continue`).
+            call = _CALLS_OF_WORKERS.get((request.method, request.path)) if is_here else None
+            if call is not None:
+                reply: web.StreamResponse = await call(self._service, request)
+            else:
+                reply = await self._inside(request)
             if (times := self._times.get(request.path)) is not None:
                 times.observe(time.perf_counter() - began)
             return reply
@@ -224,19 +230,18 @@ class FrontDoor:
                 connection.request_ended()
 
 
-async def get_work(request: web.Request) -> web.Response:
+async def get_work(service: DispatchService, request: web.BaseRequest) -> web.Response:
     """GET /work?batch_size=N&worker=NAME&wait=S"""
     query = request.query
     count = access.whole_number(query.get("batch_size"), "batch_size", 1)
     wait_s = min(access.seconds(query.get("wait"), "wait", 0.0), access.MAX_WAIT_S)
     worker = access.worker_name(query.get("worker"))
-    work = await request.app[SERVICE].get_work(worker, min(count, access.MAX_BATCH), wait_s)
+    work = await service.get_work(worker, min(count, access.MAX_BATCH), wait_s)
     return _json(work)
 
 
-async def post_results(request: web.Request) -> web.Response:
+async def post_results(service: DispatchService, request: web.BaseRequest) -> web.Response:
     """POST /results"""
-    service = request.app[SERVICE]
     submission, unreadable = access.decode_submission(await access.read_body(request.content))
     worker = access.worker_name(submission.worker)
     work = None
@@ -251,17 +256,17 @@ async def post_results(request: web.Request) -> web.Response:
     return _json(BatchResultResponse(WorkStatus.OK, settled, outcomes, work))
 
 
-async def post_release(request: web.Request) -> web.Response:
+async def post_release(service: DispatchService, request: web.BaseRequest) -> web.Response:
     """POST /release"""
     body = access.decode(await access.read_body(request.content), ReleaseWorkRequest)
     access.check_length(body.work_ids, "work_ids", access.MAX_ITEMS)
     access.check_length(body.items, "items", access.MAX_ITEMS)
     # Existing clients name ids alone: charged, and what was recorded is dropped.
     by_id = [ReleaseItem(work_id, steps="drop") for work_id in body.work_ids]
-    return _json(await request.app[SERVICE].take_back([*by_id, *body.items], body.worker or ""))
+    return _json(await service.take_back([*by_id, *body.items], body.worker or ""))
 
 
-async def post_heartbeat(request: web.Request) -> web.Response:
+async def post_heartbeat(service: DispatchService, request: web.BaseRequest) -> web.Response:
     """POST /heartbeat"""
     body = access.decode(await access.read_body(request.content), HeartbeatRequest)
     access.check_length(body.held, "held", access.MAX_HELD)
@@ -269,17 +274,34 @@ async def post_heartbeat(request: web.Request) -> web.Response:
         raise BadRequestError('"worker" is missing')
     if body.stats is not None:
         access.check_counts(body.stats)
-    return _json(await request.app[SERVICE].heartbeat(body))
+    return _json(await service.heartbeat(body))
 
 
-async def post_steps(request: web.Request) -> web.Response:
+async def post_steps(service: DispatchService, request: web.BaseRequest) -> web.Response:
     """POST /steps"""
-    service = request.app[SERVICE]
     steps, unreadable = access.decode_steps(await access.read_body(request.content))
     outcomes = await service.record_steps(steps)
     for place in unreadable:
         outcomes.insert(place, StepOutcome.INVALID)
     return _json(StepsResponse(WorkStatus.OK, outcomes, service.records_steps))
+
+
+_CALLS_OF_WORKERS: dict[tuple[str, str], Call] = {
+    ("GET", "/work"): get_work,
+    ("POST", "/results"): post_results,
+    ("POST", "/release"): post_release,
+    ("POST", "/heartbeat"): post_heartbeat,
+    ("POST", "/steps"): post_steps,
+}
+"""These come by the thousand a second, mostly with their body; FrontDoor spares those the router,
+which costs a tenth of the rest of such a call."""
+
+
+def _routed(call: Call) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def handle(request: web.Request) -> web.Response:
+        return await call(request.app[SERVICE], request)
+
+    return handle
 
 
 async def get_status(request: web.Request) -> web.Response:
