@@ -27,7 +27,7 @@ from dispatcher.core.buckets import BATCH_BOUNDS, Buckets
 from dispatcher.core.failures import Jump
 from dispatcher.core.observed import Observed
 from dispatcher.core.pausing import Pause
-from dispatcher.core.results import error_kind, lease_serials, valid_results
+from dispatcher.core.results import error_kind, error_kinds, lease_serials, valid_results
 from dispatcher.core.work_queue import (
     CRASH,
     MAX_RETRIES_EXCEEDED,
@@ -665,7 +665,7 @@ class DispatchService:
         results = valid_results([item.result for item in items], self.settings.max_result_bytes)
         good = [result for result in results if result is not None]
         if len(good) == len(items) and {item.run for item in items} <= {None, run_id}:
-            arrivals = list(zip(work_ids, serials, good, map(error_kind, good), strict=True))
+            arrivals = list(zip(work_ids, serials, good, error_kinds(good), strict=True))
             self.observed.meet(arrivals, queue.leases)
             outcomes = queue.finish_all(arrivals, now)
         else:

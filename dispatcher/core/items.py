@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import msgspec
 
@@ -72,22 +72,32 @@ class ReadyItems:
         while self._solo:
             item = self._items.get(heapq.heappop(self._solo))
             if item is not None and item.queued:
-                return self._taken(item)
+                item.queued = False
+                self.count -= 1
+                return item
         return None
 
-    def take(self) -> Iterator[Item]:
-        """Take items as long as the caller wants more: those handed out before, then new lines."""
+    def take(
+        self, count: int, max_bytes: int, bytes_beside: Callable[[int], int] | None = None
+    ) -> list[Item]:
+        """Take up to `count` items until `max_bytes` are reached: those handed out before first.
+
+        `bytes_beside` tells what is sent with an item beside its line.
+        """
         again, fresh, items = self._again, self._fresh, self._items
-        while again or fresh:
+        taken: list[Item] = []
+        while (again or fresh) and len(taken) < count and max_bytes > 0:
             item = items.get(heapq.heappop(again) if again else fresh.popleft())
             # One that must run alone waits elsewhere; this entry is from before its crashes.
-            if item is not None and item.queued and not self._must_run_alone(item):
-                yield self._taken(item)
-
-    def _taken(self, item: Item) -> Item:
-        item.queued = False
-        self.count -= 1
-        return item
+            if item is None or not item.queued or item.crashes >= self._crashes_before_solo:
+                continue
+            item.queued = False
+            taken.append(item)
+            max_bytes -= item.line_bytes
+            if bytes_beside is not None:
+                max_bytes -= bytes_beside(item.work_id)
+        self.count -= len(taken)
+        return taken
 
     def _must_run_alone(self, item: Item) -> bool:
         return item.crashes >= self._crashes_before_solo

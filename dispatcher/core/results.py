@@ -61,6 +61,11 @@ def error_kind(result: bytes) -> str:
     return found[1].decode("utf-8", "replace") if found else UNNAMED_ERROR
 
 
+def error_kinds(results: Sequence[bytes]) -> list[str]:
+    """Return `error_kind` of each."""
+    return [error_kind(x) if x.startswith(_ERROR_MARK) else "" for x in results]
+
+
 def lease_serials(work_ids: Sequence[int], leases: Sequence[str | None]) -> list[int | None]:
     """Return the number in each lease id, 0 for what is none, None where there is none.
 

@@ -19,6 +19,7 @@ Nothing here does I/O or reads a clock: `now` is any number of seconds that neve
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -222,17 +223,8 @@ class WorkQueue:
             return []
         if solo and (item := self._ready.take_solo()):
             return self._lease([item], worker, now)
-        chosen: list[Item] = []
-        recorded = len(self.steps) > 0
-        if count > 0 and max_bytes > 0:
-            for item in self._ready.take():
-                chosen.append(item)
-                max_bytes -= item.line_bytes
-                if recorded:
-                    max_bytes -= self.steps.size_of(item.work_id)
-                if len(chosen) == count or max_bytes <= 0:
-                    break
-        return self._lease(chosen, worker, now)
+        beside = self.steps.size_of if len(self.steps) else None
+        return self._lease(self._ready.take(count, max_bytes, beside), worker, now)
 
     def lease_backup(
         self, worker: str, count: int, now: float, max_bytes: int = 1 << 62
@@ -316,17 +308,19 @@ class WorkQueue:
         """Learn how fast workers are, and keep what lines went through for people to read."""
         leases, items = self.leases, self.items
         lasted_s: list[float] = []
-        by_worker: dict[str, int] = {}
+        givers: list[str] = []
         for work_id, serial, _, kind in taken:
             lease = leases.get(serial or 0)  # serials count from 1
             if lease is not None and lease.work_id == work_id:
-                lasted_s.append(now - lease.running_since)
-                by_worker[lease.worker] = by_worker.get(lease.worker, 0) + 1
+                # As Lease.running_since has it, but for the cost of a property.
+                began_at = lease.started_at
+                lasted_s.append(now - (lease.issued_at if began_at is None else began_at))
+                givers.append(lease.worker)
             item = items.get(work_id)
             if item is not None and item.history:
                 self._note_past(item, kind or "ok")
         self._durations.extend(lasted_s)
-        for name, count in by_worker.items():
+        for name, count in Counter(givers).items():
             if worker := self.workers.get(name):
                 worker.note_finishes(count, now)
 
@@ -679,8 +673,14 @@ class WorkQueue:
                 self.steps.add(saved.work_id, step.position, StepNote(step.hash, step.size))
             self.items[saved.work_id] = item
             self._lines.reopen(saved.work_id)
-            for lease in saved.leases:
-                self._add_lease(item, lease.serial, lease.worker, lease.heartbeats, lease.solo, now)
+            for was in saved.leases:
+                lease = Lease(
+                    was.serial, item.work_id, was.worker, was.heartbeats, was.solo, now, now
+                )
+                item.leases.append(lease)
+                self.leases[was.serial] = lease
+                if known := self.workers.get(was.worker):
+                    known.leases[was.serial] = lease
             if saved.condemned:
                 self._condemn(item)
             elif not item.leases:
@@ -792,7 +792,9 @@ class WorkQueue:
             lease.heartbeats = True
 
     def _apply_issued(self, event: Issued, now: float) -> None:
-        items, serial = self.items, event.serial
+        items, leases = self.items, self.leases
+        serial, worker = event.serial, event.worker
+        known = self.workers.get(worker) if worker else None
         for work_id in event.work_ids:
             if (item := items.get(work_id)) is not None:
                 if item.queued:
@@ -800,19 +802,14 @@ class WorkQueue:
                 elif item.condemned:  # in a replay only: the limit was lowered since
                     item.condemned = False
                     item.retries += 1
-                self._add_lease(item, serial, event.worker, event.heartbeats, event.solo, now)
+                lease = Lease(serial, work_id, worker, event.heartbeats, event.solo, now, now)
+                item.leases.append(lease)
+                leases[serial] = lease
+                if known is not None:
+                    known.leases[serial] = lease
             serial += 1
         self.counters.issued += len(event.work_ids)
         self.next_serial = max(self.next_serial, serial)
-
-    def _add_lease(
-        self, item: Item, serial: int, worker: str, heartbeats: bool, solo: bool, now: float
-    ) -> None:
-        lease = Lease(serial, item.work_id, worker, heartbeats, solo, now, now)
-        item.leases.append(lease)
-        self.leases[serial] = lease
-        if worker and (known := self.workers.get(worker)):
-            known.leases[serial] = lease
 
     def _apply_ended(self, event: LeaseEnded, now: float) -> None:
         lease = self.leases.get(event.serial)
