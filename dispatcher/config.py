@@ -256,6 +256,21 @@ def failure_limit(text: str) -> str:
     return text
 
 
+def add_server_address(parser: Parser) -> None:
+    """Add what names the server of a run to a command that speaks to it."""
+    parser.add_argument(
+        "address",
+        metavar="URL|@PATH",
+        help="the run's server: @STATE/server.json or @STATE, HOST:PORT or a URL",
+    )
+    parser.add_argument(
+        "--server-fingerprint",
+        metavar="SHA256",
+        help="SHA-256 fingerprint of the certificate of a server that speaks TLS (default: the "
+        "one in server.json, if that is named, else the variable DISPATCHER_FINGERPRINT)",
+    )
+
+
 def add_input_options(group: argparse._ArgumentGroup) -> None:
     """Add what says which part of a data set the input is."""
     group.add_argument(
@@ -321,8 +336,8 @@ def add_run_limits(parser: Parser) -> None:
     group.add_argument(
         "--unpause",
         action="store_true",
-        help="go on with a run that an operator paused (POST /pause); otherwise it stays paused "
-        "when it is started again",
+        help="go on with a run that an operator paused (dispatcher pause); otherwise it stays "
+        "paused when it is started again",
     )
     group.add_argument(
         "--lease-term",

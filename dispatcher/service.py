@@ -483,7 +483,7 @@ class DispatchService:
             "pending": queue.waiting_count,
             "heap_size": queue.ready_count,
             "expired_reissues": counters.expired,
-            "state": self._state(),
+            "state": self.state,
             "run": self.run_id,
             "epoch": self.epoch,
             "done": counters.done,
@@ -526,7 +526,9 @@ class DispatchService:
         """Whether nothing more is handed out because this server is about to end."""
         return self._draining and not self.finished.is_set()
 
-    def _state(self) -> str:
+    @property
+    def state(self) -> str:
+        """How the run is: `running`, `paused`, `draining` or `complete`."""
         if self.finished.is_set():
             return "complete"
         if self._draining:

@@ -13,12 +13,18 @@ from dispatcher.service import DispatchService
 _COMPLETE = "the run is complete"
 
 
-async def change_failure_limit(
-    service: DispatchService, limit: str | None, *, accept: bool
-) -> Pause | None:
+def change_work_timeout(service: DispatchService, timeout_s: float) -> str:
+    """Let an item take so long without progress, until this server ends; return what to answer."""
+    if service.finished.is_set():
+        return f"{_COMPLETE}, no line is worked on any more"
+    service.set_work_timeout(timeout_s)
+    return f"the work timeout is {timeout_s:g} seconds now"
+
+
+async def change_failure_limit(service: DispatchService, limit: str | None, *, accept: bool) -> str:
     """Let so many lines fail from now on, or accept those that failed so far, or both.
 
-    Return the pause in which the run is nevertheless. Raises ValueError for what is no limit.
+    Return what to answer. Raises ValueError for what is no limit.
     """
 
     def change(queue: WorkQueue) -> None:
@@ -27,15 +33,24 @@ async def change_failure_limit(
         if accept:
             queue.accept_failures()
 
+    if service.finished.is_set():
+        return f"{_COMPLETE}, no line can fail any more"
+    was_paused = service.queue.pause is not None
     await service.decide(change)
-    return service.queue.pause
+    if (left := service.queue.pause) is not None:
+        return f"still {left}; to go on: {_lifts(left)}"
+    said = f"the limit is {service.queue.max_failures} now"
+    if accept:
+        said = f"the lines that failed so far are accepted, {said}"
+    return f"the run goes on: {said}" if was_paused else said
 
 
 async def pause(service: DispatchService, reason: str) -> str:
     """Hand out nothing more until `resume`, after restarts too; return what to answer."""
-    if service.finished.is_set():
+    if not service.finished.is_set():
+        await service.decide(lambda queue: queue.pause_for_operator(reason))
+    if service.finished.is_set():  # now, perhaps
         return f"{_COMPLETE}, there is nothing to pause"
-    await service.decide(lambda queue: queue.pause_for_operator(reason))
     said = f"{service.queue.pause}; to go on: {_lifts(service.queue.pause)}"
     if service.is_draining:
         return f"{said}; this server is ending, and the run stays paused when it is started again"

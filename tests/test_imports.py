@@ -53,6 +53,7 @@ FLOORS = [
     ("dispatcher.pause_notes", 6),
     ("dispatcher.launch", 6),
     ("dispatcher.watch", 6),
+    ("dispatcher.orders", 6),
     ("dispatcher.cli", 6),
 ]
 

@@ -119,7 +119,8 @@ def test_both_pauses_must_be_lifted_and_each_answer_names_what_is_left(
 
             said = await steering.resume(service)
             assert said.startswith("still paused, as 1 of 1 finished lines failed")
-            assert await steering.change_failure_limit(service, None, accept=True) is None
+            said = await steering.change_failure_limit(service, None, accept=True)
+            assert said.startswith("the run goes on: the lines that failed so far are accepted")
             assert len(await take(service, 1)) == 1
 
     give_input(settings, 20)
