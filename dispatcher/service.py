@@ -137,7 +137,7 @@ class DispatchService:
         self.stopped = asyncio.Event()
         self.workers_told: set[str] = set()
         self.worker_totals = WorkerTotals()
-        self.alarms = Alarms()
+        self.alarms = Alarms(settings.state_dir)
         self.failure_trend, self.paused = self.alarms.trend, self.alarms.paused
         self.drain_asked = asyncio.Event()
         self.observed = Observed()

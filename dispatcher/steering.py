@@ -5,9 +5,8 @@ Each word is on disk before it is answered. Said twice, it is answered twice and
 
 from __future__ import annotations
 
-from dispatcher.core.pausing import Pause
 from dispatcher.core.work_queue import WorkQueue
-from dispatcher.remedies import calls_that_go_on
+from dispatcher.remedies import command_that_goes_on
 from dispatcher.service import DispatchService
 
 _COMPLETE = "the run is complete"
@@ -37,8 +36,8 @@ async def change_failure_limit(service: DispatchService, limit: str | None, *, a
         return f"{_COMPLETE}, no line can fail any more"
     was_paused = service.queue.pause is not None
     await service.decide(change)
-    if (left := service.queue.pause) is not None:
-        return f"still {left}; to go on: {_lifts(left)}"
+    if service.queue.pause is not None:
+        return f"still {_with_remedy(service)}"
     said = f"the limit is {service.queue.max_failures} now"
     if accept:
         said = f"the lines that failed so far are accepted, {said}"
@@ -51,7 +50,7 @@ async def pause(service: DispatchService, reason: str) -> str:
         await service.decide(lambda queue: queue.pause_for_operator(reason))
     if service.finished.is_set():  # now, perhaps
         return f"{_COMPLETE}, there is nothing to pause"
-    said = f"{service.queue.pause}; to go on: {_lifts(service.queue.pause)}"
+    said = _with_remedy(service)
     if service.is_draining:
         return f"{said}; this server is ending, and the run stays paused when it is started again"
     return said
@@ -63,8 +62,8 @@ async def resume(service: DispatchService) -> str:
         return _COMPLETE
     was_paused = service.queue.pause is not None
     await service.decide(lambda queue: queue.resume())
-    if (left := service.queue.pause) is not None:
-        return f"still {left}; to go on: {_lifts(left)}"
+    if service.queue.pause is not None:
+        return f"still {_with_remedy(service)}"
     if service.is_draining:
         return "the run is not paused, but this server is ending: it goes on when started again"
     return "the run goes on" if was_paused else "the run was not paused"
@@ -82,5 +81,8 @@ async def drain(service: DispatchService) -> str:
     )
 
 
-def _lifts(found: Pause | None) -> str:
-    return calls_that_go_on(found.by) if found is not None else ""
+def _with_remedy(service: DispatchService) -> str:
+    """Return what the run is paused by, and what lifts that."""
+    if (found := service.queue.pause) is None:  # somebody was quicker
+        return "the run goes on"
+    return f"{found}; to go on: {command_that_goes_on(found.by, service.settings.state_dir)}"

@@ -92,7 +92,8 @@ def test_a_run_is_paused_and_goes_on_by_commands(server: Server, state: Path) ->
         held = client.get_work(3).items
         code, said = run_python(*command, "pause", f"@{state}", "--reason", "a look at results")
         assert code == 0
-        assert said.startswith("paused by an operator (a look at results); to go on: ")
+        paused = "paused by an operator (a look at results)"
+        assert said == f"{paused}; to go on: dispatcher unpause @{state}\n"
         assert client.get_work(3).items == []
         finish(client, held)
         assert client.status()["paused"]["reason"] == "a look at results"

@@ -88,7 +88,7 @@ def test_a_pause_is_logged_once_with_the_remedy_and_without_what_lines_hold(
     said = [record.getMessage() for record in caplog.records if "paused" in record.getMessage()]
     assert len(said) == 1
     assert "--accept-failures" in said[0]
-    assert "POST /max_failures" in said[0]
+    assert f"dispatcher unpause @{settings.state_dir} --accept-failures; or start" in said[0]
     assert "secret" not in said[0]
 
 
