@@ -30,6 +30,9 @@ NOT_IN_A_FILE = (
 """Options that only a command line can hold: each is about that one start."""
 
 
+MOST_SECONDS = 10 * 365 * 24 * 3600.0
+"""Ten years: nobody waits longer, so that more, or `inf`, is a slip."""
+
 START_VARIABLE = "DISPATCHER_START"
 """Names a start of a run, where something repeats a command by itself, as Slurm does with a job."""
 
@@ -240,11 +243,16 @@ def number(
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         if not least <= value <= most:
-            upper = f" to {most:g}" if most != float("inf") else " or more"
+            upper = f" to {most:.15g}" if most != float("inf") else " or more"
             raise argparse.ArgumentTypeError(f"{text} is out of range; allowed: {least:g}{upper}")
         return value
 
     return convert
+
+
+def seconds(least: float) -> Callable[[str], Any]:
+    """Return an argparse type: seconds from `least` to ten years."""
+    return number(float, least, MOST_SECONDS)
 
 
 def failure_limit(text: str) -> str:
@@ -305,7 +313,7 @@ def add_run_limits(parser: Parser) -> None:
     group = parser.add_argument_group("limits")
     group.add_argument(
         "--work-timeout",
-        type=number(float, 0.001),
+        type=seconds(0.001),
         default=1200.0,
         metavar="S",
         help="seconds an item may take without progress before it is handed out again",
@@ -341,7 +349,7 @@ def add_run_limits(parser: Parser) -> None:
     )
     group.add_argument(
         "--lease-term",
-        type=number(float, 0.1),
+        type=seconds(0.1),
         default=30.0,
         metavar="S",
         help="seconds without a heartbeat before a worker counts as dead",

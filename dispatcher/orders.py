@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dispatcher.client import Address, Answer, WorkClient
-from dispatcher.config import Parser, add_server_address, failure_limit, number
+from dispatcher.config import Parser, add_server_address, failure_limit, seconds
 from dispatcher.errors import (
     AccessDeniedError,
     DispatcherError,
@@ -113,7 +113,7 @@ def _set_parser() -> Parser:
     )
     parser.add_argument(
         "--work-timeout",
-        type=number(float, 0.001),
+        type=seconds(0.001),
         metavar="S",
         help="seconds an item may take without progress before it is handed out again, those "
         "under way too; a server that is started again goes by its own --work-timeout "

@@ -13,6 +13,7 @@ from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from dispatcher import steering
+from dispatcher.config import MOST_SECONDS
 from dispatcher.core.buckets import CALL_BOUNDS_S, Buckets
 from dispatcher.errors import (
     AccessDeniedError,
@@ -302,8 +303,8 @@ async def post_work_timeout(request: web.Request) -> web.Response:
     """POST /work_timeout"""
     _check_admin(request)
     timeout_s = access.decode(await request.read(), WorkTimeout).timeout
-    if not 0 < timeout_s < float("inf"):
-        raise BadRequestError('"timeout" must be seconds above 0')
+    if not 0 < timeout_s <= MOST_SECONDS:
+        raise BadRequestError(f'"timeout" must be seconds above 0 and at most {MOST_SECONDS:.0f}')
     service = request.app[SERVICE]
     return _done(service, steering.change_work_timeout(service, timeout_s))
 

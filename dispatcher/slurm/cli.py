@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dispatcher.config import OwnList, Parser, default_state_dir, number, parse
+from dispatcher.config import OwnList, Parser, default_state_dir, number, parse, seconds
 from dispatcher.errors import DispatcherError, ExitCode, SlurmError, StateError, UsageError
 from dispatcher.runs.found import FoundRun, find_runs, quoted
 from dispatcher.runs.look import look
@@ -348,7 +348,7 @@ def _stop_parser() -> Parser:
     )
     parser.add_argument(
         "--timeout",
-        type=number(float, 0),
+        type=seconds(0),
         default=_STOP_S,
         metavar="S",
         help="seconds to wait until all jobs have ended",

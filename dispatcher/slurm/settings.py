@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dispatcher.config import OwnList, Parser, absolute_spec, default_state_dir, number
+from dispatcher.config import OwnList, Parser, absolute_spec, default_state_dir, number, seconds
 from dispatcher.errors import UsageError
 from dispatcher.input_options import (
     absolute_input,
@@ -65,7 +65,7 @@ _at_least_0 = _checked(number(int, 0))
 _at_least_1 = _checked(number(int, 1))
 _at_least_1_or_auto = _checked(number(int, 1), "auto")
 _at_least_minus_1 = _checked(number(int, -1))
-_seconds = _checked(number(float, 0.001))
+_seconds = _checked(seconds(0.001))
 
 _TASK = "module:Class or FILE.py:Class (default: that of examples/chat_task.py)"
 _INFILE = """input, as dispatcher-server takes it, but for standard input; which part of a data
