@@ -389,6 +389,17 @@ def test_an_empty_name_is_not_the_current_directory(
     assert not target.exists()
 
 
+def test_a_name_that_no_file_can_have_is_refused_with_its_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}])
+    name = "x" * 300
+    state_too = "OUTPUT: with .dispatch, as its state's, its name has 259 bytes"
+    assert state_too in refused(capsys, "x" * 250, "--to", "x.jsonl")
+    assert "OUTPUT: a name in it has 300 bytes" in refused(capsys, name, "--to", "x.jsonl")
+    assert "--to: a name in it has 306 bytes" in refused(capsys, output, "--to", f"{name}.jsonl")
+
+
 @pytest.mark.parametrize("option", ["--to", "--errors-to"])
 def test_the_files_of_the_run_itself_are_never_replaced(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
