@@ -66,8 +66,9 @@ def state_dir_of(address: str) -> Path | None:
     if not address.startswith("@") or address == "@":
         return None
     path = Path(address[1:])
-    state_dir = path if path.is_dir() else path.parent
-    if not state_dir.is_dir():
+    # pathlib's own raise OSError for a name that is too long.
+    state_dir = path if os.path.isdir(path) else path.parent
+    if not os.path.isdir(state_dir):
         raise UsageError(f"{address}: there is no directory {state_dir}; is the run begun?")
     return state_dir
 

@@ -272,6 +272,7 @@ def test_a_complete_run_cannot_be_told_anything(server: Server, state: Path, say
 def test_a_run_that_no_server_ever_had_is_told_apart_from_no_run(tmp_path: Path, say: Say) -> None:
     told_nobody(say("pause", f"@{tmp_path}"), "no server.json", str(tmp_path))
     told_nobody(say("pause", f"@{tmp_path}/x/server.json"), "no directory", code=2)
+    told_nobody(say("pause", "@" + "x" * 300), "name too long")
 
 
 def test_an_older_server_is_told_apart_from_one_that_refuses(say: Say) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from dispatcher.config import OwnList, Parser, default_state_dir, number, parse, seconds
 from dispatcher.errors import DispatcherError, ExitCode, SlurmError, StateError, UsageError
+from dispatcher.run_paths import place_option
 from dispatcher.runs.found import FoundRun, find_runs, quoted
 from dispatcher.runs.look import look
 from dispatcher.runs.show import standing_text
@@ -408,7 +409,10 @@ def _place_parser(command: str, description: str, example: str) -> Parser:
         epilog=f"example:\n  {_PROGRAM} {command} answers.jsonl{example}",
     )
     parser.add_argument(
-        "place", type=Path, metavar="OUTFILE", help="the run's output, or its state directory"
+        "place",
+        type=place_option,
+        metavar="OUTFILE",
+        help="the run's output, or its state directory",
     )
     return parser
 

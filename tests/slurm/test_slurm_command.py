@@ -104,6 +104,12 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
+def test_a_name_that_no_run_can_have_is_refused(refused: Any) -> None:
+    for command in (["status"], ["stop"], ["add-workers", "2"]):
+        assert refused(command[0], "x" * 300, *command[1:])[0] == 2
+        assert refused(command[0], "", *command[1:])[0] == 2
+
+
 FILES = ("--infile", "in.jsonl", "--outfile", "out.jsonl", "--task", "my_tasks.py:MyTask")
 STATE = Path("out.jsonl.dispatch")
 
