@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from dispatcher.export.lines import OutputLines
 from dispatcher.storage.files import Files
 from dispatcher.storage.ownership import Claim, Identity
 from tests.storage.test_inputs import text_of
+from tests.support.processes import running
 
 ERROR = {"__ERROR__": {"error": "task_exception", "message": "x", "work_id": 1}}
 
@@ -475,6 +477,40 @@ def test_an_export_that_is_ended_by_a_signal_says_so_and_leaves_nothing(
     said = "dispatcher export: interrupted; nothing was written\n"
     assert (done.returncode, done.stdout, done.stderr) == (3, "", said)
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.dispatch"}
+
+
+WRITING = """
+import signal, sys
+from pathlib import Path
+from dispatcher.export.targets import new_file
+from dispatcher.storage.files import Files
+with new_file(Path(sys.argv[1]), Files(), force=False) as file:
+    print("writing", flush=True)
+    signal.pause()
+"""
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one_and_no_other(tmp_path: Path) -> None:
+    output = complete_run(tmp_path, [{"id": n} for n in range(3)])
+    one, other = tmp_path / "x[1].jsonl", tmp_path / "y.jsonl"
+
+    def left() -> list[Path]:
+        return sorted(tmp_path.glob(".*.tmp"))
+
+    with running(sys.executable, "-c", WRITING, one) as killed:
+        killed.wait_for_line(re.compile("writing"))
+    with running(sys.executable, "-c", WRITING, other) as killed:
+        killed.wait_for_line(re.compile("writing"))
+    of_one, of_other = left()
+    elsewhere = of_one.with_name(re.sub("[0-9a-f]{12}-", "0" * 12 + "-", of_one.name))
+    elsewhere.write_text("of another machine")
+    with running(sys.executable, "-c", WRITING, one) as living:
+        living.wait_for_line(re.compile("writing"))
+        assert not of_one.exists()
+        (of_living,) = set(left()) - {elsewhere, of_other}
+        assert main([str(output), "--to", str(one)]) == 0
+        assert left() == sorted([elsewhere, of_other, of_living])
+    assert len(one.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(
