@@ -17,7 +17,9 @@ from typing import Any
 from dispatcher.config import OwnList, Parser, absolute_spec, default_state_dir, number, seconds
 from dispatcher.errors import UsageError
 from dispatcher.input_options import (
+    InputOptions,
     absolute_input,
+    check_input_options,
     data_set_directory,
     input_path,
     is_data_set,
@@ -29,6 +31,7 @@ RUN, SERVER, WORKERS = "run", "server", "workers"
 SCRIPTS_OF = {"run": (RUN,), "start": (SERVER, WORKERS)}
 """The scripts that a command submits."""
 
+_INFILE_OF_SCRIPTS = "examples/data/prompts.jsonl"
 _OUTFILE = "output-slurm.jsonl"
 _BACKENDS = ("vllm", "fake", "local", "openai", "cerebras")
 
@@ -68,8 +71,10 @@ _at_least_minus_1 = _checked(number(int, -1))
 _seconds = _checked(seconds(0.001))
 
 _TASK = "module:Class or FILE.py:Class (default: that of examples/chat_task.py)"
-_INFILE = """input, as dispatcher-server takes it, but for standard input; which part of a data
-    set: --server-args='--input-split test' (default: examples/data/prompts.jsonl)"""
+_INFILE = """input, as dispatcher-server takes it, but for standard input (default:
+    examples/data/prompts.jsonl)"""
+_SUBSET = "of an input that is a data set, the subset (default: none)"
+_SPLIT = "of an input that is a data set, the split (default: the only one, or train)"
 _STATE = "state directory, seen by all nodes (default: OUTFILE.dispatch)"
 _MODEL = "model, a name or a directory (default: the quick start's, on the CPU)"
 _BACKEND = f"one of {', '.join(_BACKENDS)} (default: vllm with --model, else local)"
@@ -96,6 +101,8 @@ _VENV = """virtual environment to run in without a container (default: the one t
 SETTINGS = (
     Setting("--task", "TASK", "CLASS", _TASK),
     Setting("--infile", "INPUT", "FILE", _INFILE),
+    Setting("--input-subset", "INPUT_SUBSET", "NAME", _SUBSET),
+    Setting("--input-split", "INPUT_SPLIT", "NAME", _SPLIT),
     Setting("--outfile", "OUTPUT", "FILE", f"output, one result a line (default: {_OUTFILE})"),
     Setting("--state", "STATE", "DIR", _STATE),
     Setting("--model", "MODEL", "NAME", _MODEL),
@@ -347,8 +354,11 @@ def check_files(settings: Settings, *, has_examples: bool) -> None:
             f"give --{missing[0]}: its default is an example, and those are in the repository "
             "only, not in the installed package"
         )
+    infile = Path(given.get("infile", _INFILE_OF_SCRIPTS))
     if "infile" in given:
-        _check_infile(Path(given["infile"]))
+        _check_infile(infile)
+    part = InputOptions(given.get("input_subset"), given.get("input_split"))
+    check_input_options(infile, part)
     for name in _FILES:
         if name in given and not Path(given[name]).is_file():
             raise UsageError(f"--{name.replace('_', '-')} {given[name]}: there is no such file")

@@ -22,7 +22,10 @@ from tests.support.processes import ROOT, dispatcher_server
 
 FAKE = Path(__file__).with_name("fake_slurm.py")
 COMMANDS = ("sbatch", "squeue", "scancel", "sacct")
-SETTINGS = ("TASK", "INPUT", "OUTPUT", "STATE", "MODEL", "BACKEND", "CONFIG", "VENV", "CONTAINER")
+SETTINGS = (
+    *("TASK", "INPUT", "INPUT_SUBSET", "INPUT_SPLIT", "OUTPUT", "STATE", "MODEL", "BACKEND"),
+    *("CONFIG", "VENV", "CONTAINER"),
+)
 
 
 @dataclass
@@ -190,6 +193,31 @@ def test_a_dry_run_prints_the_scripts_and_changes_nothing(
     said("start", *FILES)
     assert first.split("\n", 1)[1] == script("server")
     assert second.split("\n", 1)[1] == script("workers")
+
+
+def test_a_part_of_a_data_set_is_named_by_flag_yaml_or_environment_and_gone_on_with(
+    fake: Fake, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("run.yaml").write_text("infile: hf:org/name\ninput_split: validation\n")
+    monkeypatch.setenv("INPUT_SUBSET", "en")
+    monkeypatch.setenv("INPUT_SPLIT", "train")
+    said("run", "--config", "run.yaml", *FILES[2:])
+    given = ("INPUT=hf:org/name ", "INPUT_SUBSET=en ", "INPUT_SPLIT=validation ")
+    assert all(f"\n{setting}" in script("run") for setting in given)
+    fake.change("11", state="CANCELLED")
+    monkeypatch.delenv("INPUT_SUBSET")
+    said("run", "--resume", STATE)
+    assert all(f"\n{setting}" in script("run") for setting in given)
+
+
+@pytest.mark.parametrize("words", [("--infile", "in.jsonl"), ()])
+def test_a_part_of_what_is_no_data_set_is_refused_before_a_job_waits(
+    words: tuple[str, ...], fake: Fake, refused: Any
+) -> None:
+    code, text = refused("run", *words, "--task", "my_tasks.py:MyTask", "--input-split", "test")
+    assert code == 2
+    assert "--input-split goes with a data set" in text
+    assert fake.calls("sbatch") == []
 
 
 def test_flags_win_over_yaml_and_yaml_over_the_environment(
