@@ -317,9 +317,11 @@ def _given(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str
     """Return the settings that somebody gave, as text, with absolute paths."""
     given: dict[str, str] = {}
     for setting in SETTINGS:
-        value = getattr(args, setting.dest, None)
-        text = environment.get(setting.variable, "") if value is None else value
-        if text and hasattr(args, setting.dest):
+        if not hasattr(args, setting.dest):
+            continue
+        value = getattr(args, setting.dest)
+        text = _checked_variable(setting, environment) if value is None else value
+        if text:
             given[setting.dest] = text
     given.setdefault("outfile", _OUTFILE)
     if "infile" in given:
@@ -336,6 +338,22 @@ def _given(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str
             flag = name.replace("_", "-")
             raise UsageError(f"--{flag} has a quote that is not closed: {given[name]}") from None
     return given
+
+
+def _checked_variable(setting: Setting, environment: Mapping[str, str]) -> str:
+    """Return what the environment says of a setting, if anything. Raises UsageError."""
+    text = environment.get(setting.variable, "")
+    try:
+        if text:
+            setting.kind(text)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"the variable {setting.variable}: {error}") from None
+    if text and setting.choices is not None and text not in setting.choices:
+        choices = ", ".join(setting.choices)
+        raise UsageError(
+            f"the variable {setting.variable} is {text!r}, but must be one of {choices}"
+        )
+    return text
 
 
 def check_files(settings: Settings, *, has_examples: bool) -> None:

@@ -220,6 +220,20 @@ def test_a_part_of_what_is_no_data_set_is_refused_before_a_job_waits(
     assert fake.calls("sbatch") == []
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORK_TIMEOUT", "inf"), ("MAX_RETRIES", "few"), ("BACKEND", "vlm")]
+)
+def test_a_variable_has_the_bounds_of_its_option(
+    name: str, value: str, fake: Fake, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    code, text = refused("run", *FILES)
+    assert code == 2
+    assert f"the variable {name}" in text
+    assert value in text
+    assert fake.calls("sbatch") == []
+
+
 def test_flags_win_over_yaml_and_yaml_over_the_environment(
     fake: Fake, said: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
