@@ -377,7 +377,8 @@ class Wire:
 
     def order(self, path: str, body: Mapping[str, Any]) -> Call[dict[str, Any]]:
         """Tell the run something; what is answered is for `Answer`."""
-        return Call("POST", path, _encode(body), dict[str, Any], {}, {}, self._timeout_s)
+        encoded = _encode_lone_surrogates_too(body)
+        return Call("POST", path, encoded, dict[str, Any], {}, {}, self._timeout_s)
 
 
 def decode_reply(call: Call[R], status: int, body: bytes) -> R:
@@ -420,7 +421,7 @@ def _sentence(body: bytes) -> str:
         return body[:200].decode("utf-8", "replace") or "no reason given"
 
 
-def _encode_lone_surrogates_too(body: msgspec.Struct) -> bytes:
+def _encode_lone_surrogates_too(body: object) -> bytes:
     try:
         return _encode(body)
     except UnicodeEncodeError:

@@ -6,6 +6,7 @@ They are the calls of docs/protocol.md that want the admin token. Each can be sa
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from ipaddress import ip_address
@@ -214,18 +215,16 @@ class _Server:
         self._url: str = args.address
         token_file: Path | None = args.admin_token_file
         state_dir = state_dir_of(args.address)
-        needs_token = True
+        wants_token = True
         if state_dir is not None:
-            self._url, needs_token = _read_place(Path(args.address[1:]), state_dir)
-            token_file = token_file or state_dir / ADMIN_TOKEN_FILE
-        self._token_from = str(token_file or ADMIN_TOKEN_VARIABLE)
-        self._token: str | None = None
-        if args.admin_token_file is not None or state_dir is None:
-            self._token = token_given(
-                args.admin_token_file, _ADMIN_TOKEN_OPTION, ADMIN_TOKEN_VARIABLE
-            )
-        elif needs_token and token_file is not None:
-            self._token = _token_beside(token_file)
+            self._url, wants_token = _read_place(Path(args.address[1:]), state_dir)
+        if token_file is not None or state_dir is None:
+            self._token = token_given(token_file, _ADMIN_TOKEN_OPTION, ADMIN_TOKEN_VARIABLE)
+            self._token_from = str(token_file or ADMIN_TOKEN_VARIABLE)
+        else:
+            beside = state_dir / ADMIN_TOKEN_FILE
+            self._token = _token_beside(beside) if wants_token else None
+            self._token_from = str(beside)
         self._client = WorkClient(
             args.address,
             token=self._token,
@@ -294,7 +293,7 @@ def _read_place(path: Path, state_dir: Path) -> tuple[str, bool]:
     if found.state != "running":
         raise StateError(
             f"the server of the run in {state_dir} was {found.state}, so there is nobody to be "
-            f"told; `dispatcher runs {state_dir}` says how to go on"
+            f"told; `dispatcher runs {shlex.quote(str(state_dir))}` says how to go on"
         )
     return found.url, found.token is not None
 

@@ -296,6 +296,7 @@ def test_what_cannot_be_meant_is_refused_as_usage(server: Server, say: Say) -> N
     told_nobody(say("set", where, "--work-timeout", "0"), "--work-timeout", "range", code=2)
     told_nobody(say("set", where, "--max-failures", "lots"), "--max-failures", "as 200", code=2)
     told_nobody(say("pause", where, "--reason", "two\nlines"), "printable", code=2)
+    told_nobody(say("pause", where, "--reason", "not UTF-8: \udcff"), "refused it", code=2)
     told_nobody(say("pause", "answers.jsonl"), "answers.jsonl", "@STATE/server.json", code=2)
     with server.client() as client:
         assert client.status()["state"] == "running"
