@@ -23,15 +23,18 @@ from dispatcher.errors import (
     StorageError,
     UsageError,
 )
+from dispatcher.runs.reading import read_owner
 from dispatcher.server_file import (
     ADMIN_TOKEN_FILE,
     ADMIN_TOKEN_VARIABLE,
     SERVER_FILE,
     read_server_file,
     read_token_file,
+    server_file_in,
     state_dir_of,
     token_given,
 )
+from dispatcher.storage.ownership import Identity
 
 _ANSWER_S = 30.0
 _ADMIN_TOKEN_OPTION = "--admin-token-file"
@@ -242,7 +245,8 @@ class _Server:
         """Make a call; return what was done. Raises DispatcherError, which says why it was not."""
         answer = self._client.order(path, body)
         if answer is None:
-            raise DispatcherError(self._client.stranger or self._nobody())
+            nobody = f"no dispatcher server answers at {self._url}"
+            raise DispatcherError(self._client.stranger or nobody)
         if answer.status in (401, 403):
             raise AccessDeniedError(self._refused())
         if answer.status in (404, 405):
@@ -257,12 +261,6 @@ class _Server:
         if answer.state == "complete":
             raise StateError(answer.message)
         return answer
-
-    def _nobody(self) -> str:
-        said = f"no dispatcher server answers at {self._url}"
-        if _is_loopback(Address.parse(self._url).host):
-            said += ", which is reached from the machine that it runs on alone: say it there"
-        return said
 
     def _refused(self) -> str:
         if self._token is None:
@@ -282,20 +280,44 @@ def _read_place(path: Path, state_dir: Path) -> tuple[str, bool]:
     try:
         found = read_server_file(path)
     except FileNotFoundError as error:
+        missing = path if path != state_dir else server_file_in(path)
         raise StateError(
-            f"there is no {SERVER_FILE} in {state_dir}: no server of this run was started, so "
-            "there is nobody to be told"
+            f"there is no {missing}: no server of this run was started, or the run's state "
+            "directory is another one"
         ) from error
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
     if found.state == "complete":
         raise StateError(f"the run in {state_dir} is complete, there is nobody to be told")
     if found.state != "running":
-        raise StateError(
-            f"the server of the run in {state_dir} was {found.state}, so there is nobody to be "
-            f"told; `dispatcher runs {shlex.quote(str(state_dir))}` says how to go on"
-        )
+        raise _ended(state_dir, f"was {found.state}")
+    _check_here(state_dir, found.url)
     return found.url, found.token is not None
+
+
+def _check_here(state_dir: Path, url: str) -> None:
+    """Refuse to tell what cannot be that server: its port may be a stranger's. Raises StateError.
+
+    Over TLS a stranger would be told nothing; on loopback, which is mostly without, anybody of
+    this machine may listen where the server does on another one, or did.
+    """
+    owner, me = read_owner(state_dir), Identity.of_this_process()
+    if owner is None:
+        return
+    if me.knows_dead(owner.identity):
+        raise _ended(state_dir, f"({owner.identity}) has ended")
+    if _is_loopback(Address.parse(url).host) and owner.identity.host != me.host:
+        raise StateError(
+            f"the server of the run in {state_dir} is reached from its own machine alone, "
+            f"{owner.identity.host}: say it there"
+        )
+
+
+def _ended(state_dir: Path, how: str) -> StateError:
+    return StateError(
+        f"the server of the run in {state_dir} {how}, so there is nobody to be told; `dispatcher "
+        f"runs {shlex.quote(str(state_dir))}` says how to go on"
+    )
 
 
 def _token_beside(path: Path) -> str:

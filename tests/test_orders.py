@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+from msgspec.structs import replace
 
 from dispatcher import orders
 from dispatcher.client import WorkClient
 from dispatcher.models import WorkItem
 from dispatcher.server.tls import Tls, own_tls
 from dispatcher.server_file import ServerFile, new_token, write_private, write_server_file
+from dispatcher.storage.ownership import Claim, Identity
 from tests.support.processes import Server, dispatcher_server, run_python, wait_until
 from tests.support.scripted import scripted
 
@@ -238,12 +243,16 @@ def test_a_server_that_is_gone_is_said_to_be(
     server: Server, state: Path, tmp_path: Path, say: Say
 ) -> None:
     server.process.kill()
-    gone = (f"no dispatcher server answers at {server.url}", "say it there")
-    told_nobody(say("pause", server.at), *gone)
+    killed = f"{state} (process {server.process.pid} on {socket.gethostname()}) has ended"
+    told_nobody(say("pause", server.at), killed, f"dispatcher runs {state}")
     (tmp_path / "token").write_text((state / "admin.token").read_text())
     (tmp_path / "token").chmod(0o600)
     token = ("--admin-token-file", tmp_path / "token")
-    told_nobody(say("pause", server.url, *token), *gone)
+    nobody = f"no dispatcher server answers at {server.url}"
+    told_nobody(say("pause", server.url, *token), nobody)
+    # Of a run that came from elsewhere with its files nobody knows who had it.
+    shutil.rmtree(state / "owners")
+    told_nobody(say("pause", server.at), nobody)
 
 
 def test_a_stopped_run_is_named_with_how_to_look_at_it(
@@ -270,7 +279,8 @@ def test_a_complete_run_cannot_be_told_anything(server: Server, state: Path, say
 
 
 def test_a_run_that_no_server_ever_had_is_told_apart_from_no_run(tmp_path: Path, say: Say) -> None:
-    told_nobody(say("pause", f"@{tmp_path}"), "no server.json", str(tmp_path))
+    told_nobody(say("pause", f"@{tmp_path}"), f"there is no {tmp_path}/server.json: no server")
+    told_nobody(say("pause", f"@{tmp_path}/out"), f"there is no {tmp_path}/out: no server")
     told_nobody(say("pause", f"@{tmp_path}/x/server.json"), "no directory", code=2)
     told_nobody(say("pause", "@" + "x" * 300), "name too long")
 
@@ -321,3 +331,17 @@ def test_who_took_the_port_of_a_server_that_is_gone_hears_no_admin_token(
         told_nobody(say("drain", f"@{tmp_path}"), url, "another certificate", "sent nothing")
         assert stranger.calls == []
     assert caplog.messages == []  # which is for those who wait
+
+
+def test_who_has_the_port_of_a_server_on_loopback_elsewhere_hears_no_admin_token(
+    tmp_path: Path, say: Say
+) -> None:
+    write_private(tmp_path / "admin.token", new_token().encode())
+    (tmp_path / "owners").mkdir()
+    owner = replace(Identity.of_this_process(), host="node7", boot="another")
+    (tmp_path / "owners/000001").write_bytes(msgspec.json.encode(Claim(owner, 1)))
+    with scripted() as stranger:
+        place: Any = (f"http://{stranger.address}", new_token(), "run", 1, os.getpid(), "running")
+        write_server_file(tmp_path / "server.json", ServerFile(*place))
+        told_nobody(say("drain", f"@{tmp_path}"), "its own machine alone, node7: say it there")
+        assert stranger.calls == []
