@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from pathlib import Path
 
 from dispatcher.core.failures import FailureTrend
 from dispatcher.core.pausing import Pause
@@ -17,9 +18,11 @@ class Alarms:
     """Looks at a queue, again and again.
 
     `pause` is the one that was told last, None while the run goes on; `paused` is set meanwhile.
+    `state_dir` is where commands find the run.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, state_dir: Path) -> None:
+        self._state_dir = state_dir
         self.trend = FailureTrend()
         self.paused = asyncio.Event()
         self.pause: Pause | None = None
@@ -38,7 +41,7 @@ class Alarms:
         self.pause = queue.pause
         if queue.pause is not None:
             self.paused.set()
-            log.warning("%s; %s", queue.pause, how_to_go_on(queue.pause.by))
+            log.warning("%s; %s", queue.pause, how_to_go_on(queue.pause.by, self._state_dir))
         else:
             self.paused.clear()
             log.info("the run goes on")

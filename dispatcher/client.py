@@ -22,7 +22,7 @@ import json
 import logging
 import ssl
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -83,6 +83,18 @@ log = logging.getLogger(__name__)
 
 class OtherCertificateError(OSError):
     """Raised where a server shows another certificate than the one that is meant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a server said to an order: the HTTP status, a sentence, and how the run is then.
+
+    `state` is that of `/status`; empty with a refusal, and from an older server.
+    """
+
+    status: int
+    message: str
+    state: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +196,7 @@ class Location:
         self._token = token
         self._path: Path | None = None
         self.place: Place | None = None
+        self.stranger: str | None = None
         if address.startswith("@"):
             if not address[1:]:
                 raise UsageError("'@' names no file; give @STATE/server.json")
@@ -224,6 +237,8 @@ class Location:
         """Turn a reply, or none, into the call's result."""
         if reply is not None:
             return decode_reply(call, *reply)
+        if self.stranger is not None:
+            _say_once(f"{self.stranger}; waiting for the server")
         return call.when_over if self.is_over and call.when_over is not None else call.unavailable
 
     @property
@@ -232,28 +247,27 @@ class Location:
         return self.place is not None and self.place.is_over
 
     def note_failure(self, place: Place, error: BaseException | None) -> None:
-        """Say who answers in the server's place, if anybody does; who is away just is."""
-        if not place.address.is_encrypted or error is None:
-            return
+        """Note as `stranger` who answers in the server's place; who is away just is."""
+        self.stranger = self._who_answers(place, error) if place.address.is_encrypted else None
+
+    def _who_answers(self, place: Place, error: BaseException | None) -> str | None:
         url = place.address.url
         if place.fingerprint is None and isinstance(error, ssl.SSLCertVerificationError):
-            _say_once(
+            return (
                 f"this system does not trust the certificate of {url} ({error.verify_message}), "
                 "so nothing was sent to it; name the server as @STATE/server.json, or give the "
                 "certificate's SHA-256 fingerprint with --server-fingerprint or in "
                 "DISPATCHER_FINGERPRINT"
             )
-        elif isinstance(error, OtherCertificateError):
+        if isinstance(error, OtherCertificateError):
             named = f"{self._path} names" if self._path is not None else "was given"
-            _say_once(
+            return (
                 f"{url} shows another certificate than the one whose fingerprint {named}, so it "
-                "is not this run's server and was sent nothing; waiting for the server"
+                "is not this run's server and was sent nothing"
             )
-        elif isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS:
-            _say_once(
-                f"{url} does not speak TLS, so it is not this run's server and was sent nothing; "
-                "waiting for the server"
-            )
+        if isinstance(error, ssl.SSLError) and error.reason in _NOT_TLS:
+            return f"{url} does not speak TLS, so it is not this run's server and was sent nothing"
+        return None
 
 
 def _place_given(address: str, token: str | None, fingerprint: str | None) -> Place:
@@ -361,6 +375,11 @@ class Wire:
         """Ask for the run's state."""
         return Call("GET", "/status", None, dict[str, Any], {}, {}, self._timeout_s)
 
+    def order(self, path: str, body: Mapping[str, Any]) -> Call[dict[str, Any]]:
+        """Tell the run something; what is answered is for `Answer`."""
+        encoded = _encode_lone_surrogates_too(body)
+        return Call("POST", path, encoded, dict[str, Any], {}, {}, self._timeout_s)
+
 
 def decode_reply(call: Call[R], status: int, body: bytes) -> R:
     """Turn a reply into its object.
@@ -384,6 +403,17 @@ def decode_reply(call: Call[R], status: int, body: bytes) -> R:
         return call.unavailable  # cut off, or not a dispatcher server
 
 
+def decode_answer(status: int, body: bytes) -> Answer | None:
+    """Turn a reply to an order into what it says; None: no dispatcher server says so."""
+    if status != 200:
+        return Answer(status, _sentence(body))
+    try:
+        said = json.loads(body)
+        return Answer(status, str(said["message"]), str(said.get("state", "")))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _sentence(body: bytes) -> str:
     try:
         return str(json.loads(body)["message"])
@@ -391,7 +421,7 @@ def _sentence(body: bytes) -> str:
         return body[:200].decode("utf-8", "replace") or "no reason given"
 
 
-def _encode_lone_surrogates_too(body: msgspec.Struct) -> bytes:
+def _encode_lone_surrogates_too(body: object) -> bytes:
     try:
         return _encode(body)
     except UnicodeEncodeError:
@@ -481,6 +511,16 @@ class WorkClient:
         """Return the run's state; empty when the server cannot be reached."""
         return self._send(self._wire.status())
 
+    def order(self, path: str, body: Mapping[str, Any]) -> Answer | None:
+        """Tell the run something, with the admin token; None when nobody answers."""
+        reply = self._reply(self._wire.order(path, body))
+        return decode_answer(*reply) if reply is not None else None
+
+    @property
+    def stranger(self) -> str | None:
+        """Who answered in the server's place at the last call, in a sentence, if anybody did."""
+        return self._location.stranger
+
     def close(self) -> None:
         """Close the connection."""
         with self._lock:
@@ -498,6 +538,9 @@ class WorkClient:
         self.close()
 
     def _send(self, call: Call[R]) -> R:
+        return self._location.outcome(call, self._reply(call))
+
+    def _reply(self, call: Call[Any]) -> tuple[int, bytes] | None:
         with self._lock:
             if self._location.place is None:
                 self._location.look()
@@ -509,7 +552,7 @@ class WorkClient:
                 if now is not None and not now.is_like(asked):
                     self._drop_connection()
                     reply = self._ask(call, now)
-            return self._location.outcome(call, reply)
+            return reply
 
     def _ask(self, call: Call[Any], place: Place | None) -> tuple[int, bytes] | None:
         """Return status and body of the reply, or None when there is none to be had."""

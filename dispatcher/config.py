@@ -30,6 +30,9 @@ NOT_IN_A_FILE = (
 """Options that only a command line can hold: each is about that one start."""
 
 
+MOST_SECONDS = 10 * 365 * 24 * 3600.0
+"""Ten years: nobody waits longer, so that more, or `inf`, is a slip."""
+
 START_VARIABLE = "DISPATCHER_START"
 """Names a start of a run, where something repeats a command by itself, as Slurm does with a job."""
 
@@ -240,11 +243,16 @@ def number(
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         if not least <= value <= most:
-            upper = f" to {most:g}" if most != float("inf") else " or more"
+            upper = f" to {most:.15g}" if most != float("inf") else " or more"
             raise argparse.ArgumentTypeError(f"{text} is out of range; allowed: {least:g}{upper}")
         return value
 
     return convert
+
+
+def seconds(least: float) -> Callable[[str], Any]:
+    """Return an argparse type: seconds from `least` to ten years."""
+    return number(float, least, MOST_SECONDS)
 
 
 def failure_limit(text: str) -> str:
@@ -254,6 +262,21 @@ def failure_limit(text: str) -> str:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     return text
+
+
+def add_server_address(parser: Parser) -> None:
+    """Add what names the server of a run to a command that speaks to it."""
+    parser.add_argument(
+        "address",
+        metavar="URL|@PATH",
+        help="the run's server: @STATE/server.json or @STATE, HOST:PORT or a URL",
+    )
+    parser.add_argument(
+        "--server-fingerprint",
+        metavar="SHA256",
+        help="SHA-256 fingerprint of the certificate of a server that speaks TLS (default: the "
+        "one in server.json, if that is named, else the variable DISPATCHER_FINGERPRINT)",
+    )
 
 
 def add_input_options(group: argparse._ArgumentGroup) -> None:
@@ -290,7 +313,7 @@ def add_run_limits(parser: Parser) -> None:
     group = parser.add_argument_group("limits")
     group.add_argument(
         "--work-timeout",
-        type=number(float, 0.001),
+        type=seconds(0.001),
         default=1200.0,
         metavar="S",
         help="seconds an item may take without progress before it is handed out again",
@@ -321,12 +344,12 @@ def add_run_limits(parser: Parser) -> None:
     group.add_argument(
         "--unpause",
         action="store_true",
-        help="go on with a run that an operator paused (POST /pause); otherwise it stays paused "
-        "when it is started again",
+        help="go on with a run that an operator paused (dispatcher pause); otherwise it stays "
+        "paused when it is started again",
     )
     group.add_argument(
         "--lease-term",
-        type=number(float, 0.1),
+        type=seconds(0.1),
         default=30.0,
         metavar="S",
         help="seconds without a heartbeat before a worker counts as dead",

@@ -9,7 +9,7 @@ from typing import Any
 
 from dispatcher.errors import RunPausedError
 from dispatcher.progress import Display
-from dispatcher.remedies import calls_that_go_on, options_that_go_on
+from dispatcher.remedies import command_that_goes_on, options_that_go_on
 
 
 class PauseNotes:
@@ -44,8 +44,7 @@ class PauseNotes:
             )
         if message != self._said:
             self._display.note(
-                f"{message}; it waits for {calls_that_go_on(by)} with the admin token "
-                f"(docs/protocol.md); or end it with Ctrl-C, then go on with: "
-                f"{self._resume} {options}"
+                f"{message}; it waits for: {command_that_goes_on(by, self._state_dir)}; or end it "
+                f"with Ctrl-C, then go on with: {self._resume} {options}"
             )
         self._said = message

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
+from pathlib import Path
 
 from dispatcher.core.pausing import By
 
@@ -19,19 +21,17 @@ def options_that_go_on(by: Collection[str]) -> str:
     return " and ".join(option for who, option in lifts.items() if who in by)
 
 
-def calls_that_go_on(by: Collection[str]) -> str:
-    """Return the calls by which the server of a run which is paused by these is told to go on."""
-    lifts: dict[By, str] = {
-        "operator": 'POST /pause {"paused": false}',
-        "failures": "POST /max_failures",
-    }
-    return " and ".join(call for who, call in lifts.items() if who in by)
+def command_that_goes_on(by: Collection[str], state_dir: Path) -> str:
+    """Return the command that tells the server of a run which is paused by these to go on."""
+    words = ["dispatcher", "unpause", f"@{state_dir}"]
+    return shlex.join([*words, ACCEPT_FAILURES] if "failures" in by else words)
 
 
-def how_to_go_on(by: Collection[str]) -> str:
+def how_to_go_on(by: Collection[str], state_dir: Path) -> str:
     """Return what to do about a pause by these, where a server is running."""
     mend = "mend the cause, then " if "failures" in by else ""
     return (
-        f"what is under way may finish; {mend}tell the running server by {calls_that_go_on(by)} "
-        f"(docs/protocol.md), or start the run again with {options_that_go_on(by)}"
+        f"what is under way may finish; {mend}tell the running server by: "
+        f"{command_that_goes_on(by, state_dir)}; or start the run again with "
+        f"{options_that_go_on(by)}"
     )

@@ -35,6 +35,17 @@ def output_option(text: str) -> Path:
     return path
 
 
+def file_option(text: str) -> Path:
+    """Return the value of an option that names a file beside a run's own."""
+    return _check(text, "a file")
+
+
+def place_option(text: str) -> Path:
+    """Return the value of what names a run by its output, or by its state directory."""
+    path = _check(text, "a file")
+    return path if path.is_dir() else _check(text, "a file", _STATE_SUFFIX)
+
+
 def state_option(text: str) -> Path:
     """Return the value of `--state`."""
     return _check(text, "a directory, or leave the option out")

@@ -25,9 +25,10 @@ from dispatcher.storage.files import Files
 SERVER_FILE = "server.json"
 ADMIN_TOKEN_FILE = "admin.token"
 CERTIFICATE_FILE = "tls.pem"
-DRAINED = "drained"
 """The server's own private key and certificate."""
+DRAINED = "drained"
 TOKEN_VARIABLE = "DISPATCHER_TOKEN"
+ADMIN_TOKEN_VARIABLE = "DISPATCHER_ADMIN_TOKEN"
 FINGERPRINT_VARIABLE = "DISPATCHER_FINGERPRINT"
 
 _TOKEN_BYTES = 32
@@ -55,6 +56,21 @@ class ServerFile(msgspec.Struct):
 def server_file_in(state_dir: Path) -> Path:
     """Return the path of a run's server.json."""
     return state_dir / SERVER_FILE
+
+
+def state_dir_of(address: str) -> Path | None:
+    """Return the state directory that the address `@PATH` means; None for another address.
+
+    Raises UsageError when there is no such directory.
+    """
+    if not address.startswith("@") or address == "@":
+        return None
+    path = Path(address[1:])
+    # pathlib's own raise OSError for a name that is too long.
+    state_dir = path if os.path.isdir(path) else path.parent
+    if not os.path.isdir(state_dir):
+        raise UsageError(f"{address}: there is no directory {state_dir}; is the run begun?")
+    return state_dir
 
 
 def read_server_file(path: Path) -> ServerFile:
@@ -127,8 +143,10 @@ def read_token_file(path: Path) -> str:
     return check_token(content.decode("ascii", "replace").strip(), f"the token in {path}")
 
 
-def token_given(token_file: Path | None) -> str | None:
-    """Return the token a user gave: in `--token-file`, else in DISPATCHER_TOKEN, else None.
+def token_given(
+    token_file: Path | None, option: str = "--token-file", variable: str = TOKEN_VARIABLE
+) -> str | None:
+    """Return the token a user gave: in the file of `option`, else in `variable`, else None.
 
     Raises UsageError.
     """
@@ -136,9 +154,9 @@ def token_given(token_file: Path | None) -> str | None:
         try:
             return read_token_file(token_file)
         except OSError as error:
-            raise UsageError(f"cannot read --token-file {token_file}: {error.strerror}") from error
-    token = os.environ.get(TOKEN_VARIABLE)
-    return check_token(token, TOKEN_VARIABLE) if token else None
+            raise UsageError(f"cannot read {option} {token_file}: {error.strerror}") from error
+    token = os.environ.get(variable)
+    return check_token(token, variable) if token else None
 
 
 def check_token(token: str, name: str) -> str:

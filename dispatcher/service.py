@@ -140,7 +140,7 @@ class DispatchService:
         self.stopped = asyncio.Event()
         self.workers_told: set[str] = set()
         self.worker_totals = WorkerTotals()
-        self.alarms = Alarms()
+        self.alarms = Alarms(settings.state_dir)
         self.failure_trend, self.paused = self.alarms.trend, self.alarms.paused
         self.drain_asked = asyncio.Event()
         self.observed = Observed()
@@ -498,7 +498,7 @@ class DispatchService:
             "pending": queue.waiting_count,
             "heap_size": queue.ready_count,
             "expired_reissues": counters.expired,
-            "state": self._state(),
+            "state": self.state,
             "run": self.run_id,
             "epoch": self.epoch,
             "done": counters.done,
@@ -541,7 +541,9 @@ class DispatchService:
         """Whether nothing more is handed out because this server is about to end."""
         return self._draining and not self.finished.is_set()
 
-    def _state(self) -> str:
+    @property
+    def state(self) -> str:
+        """How the run is: `running`, `paused`, `draining` or `complete`."""
         if self.finished.is_set():
             return "complete"
         if self._draining:

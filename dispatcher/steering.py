@@ -5,20 +5,25 @@ Each word is on disk before it is answered. Said twice, it is answered twice and
 
 from __future__ import annotations
 
-from dispatcher.core.pausing import Pause
 from dispatcher.core.work_queue import WorkQueue
-from dispatcher.remedies import calls_that_go_on
+from dispatcher.remedies import command_that_goes_on
 from dispatcher.service import DispatchService
 
 _COMPLETE = "the run is complete"
 
 
-async def change_failure_limit(
-    service: DispatchService, limit: str | None, *, accept: bool
-) -> Pause | None:
+def change_work_timeout(service: DispatchService, timeout_s: float) -> str:
+    """Let an item take so long without progress, until this server ends; return what to answer."""
+    if service.finished.is_set():
+        return f"{_COMPLETE}, no line is worked on any more"
+    service.set_work_timeout(timeout_s)
+    return f"the work timeout is {timeout_s:g} seconds now"
+
+
+async def change_failure_limit(service: DispatchService, limit: str | None, *, accept: bool) -> str:
     """Let so many lines fail from now on, or accept those that failed so far, or both.
 
-    Return the pause in which the run is nevertheless. Raises ValueError for what is no limit.
+    Return what to answer. Raises ValueError for what is no limit.
     """
 
     def change(queue: WorkQueue) -> None:
@@ -27,16 +32,25 @@ async def change_failure_limit(
         if accept:
             queue.accept_failures()
 
+    if service.finished.is_set():
+        return f"{_COMPLETE}, no line can fail any more"
+    was_paused = service.queue.pause is not None
     await service.decide(change)
-    return service.queue.pause
+    if service.queue.pause is not None:
+        return f"still {_with_remedy(service)}"
+    said = f"the limit is {service.queue.max_failures} now"
+    if accept:
+        said = f"the lines that failed so far are accepted, {said}"
+    return f"the run goes on: {said}" if was_paused else said
 
 
 async def pause(service: DispatchService, reason: str) -> str:
     """Hand out nothing more until `resume`, after restarts too; return what to answer."""
-    if service.finished.is_set():
+    if not service.finished.is_set():
+        await service.decide(lambda queue: queue.pause_for_operator(reason))
+    if service.finished.is_set():  # now, perhaps
         return f"{_COMPLETE}, there is nothing to pause"
-    await service.decide(lambda queue: queue.pause_for_operator(reason))
-    said = f"{service.queue.pause}; to go on: {_lifts(service.queue.pause)}"
+    said = _with_remedy(service)
     if service.is_draining:
         return f"{said}; this server is ending, and the run stays paused when it is started again"
     return said
@@ -48,8 +62,8 @@ async def resume(service: DispatchService) -> str:
         return _COMPLETE
     was_paused = service.queue.pause is not None
     await service.decide(lambda queue: queue.resume())
-    if (left := service.queue.pause) is not None:
-        return f"still {left}; to go on: {_lifts(left)}"
+    if service.queue.pause is not None:
+        return f"still {_with_remedy(service)}"
     if service.is_draining:
         return "the run is not paused, but this server is ending: it goes on when started again"
     return "the run goes on" if was_paused else "the run was not paused"
@@ -67,5 +81,8 @@ async def drain(service: DispatchService) -> str:
     )
 
 
-def _lifts(found: Pause | None) -> str:
-    return calls_that_go_on(found.by) if found is not None else ""
+def _with_remedy(service: DispatchService) -> str:
+    """Return what the run is paused by, and what lifts that."""
+    if (found := service.queue.pause) is None:  # somebody was quicker
+        return "the run goes on"
+    return f"{found}; to go on: {command_that_goes_on(found.by, service.settings.state_dir)}"

@@ -13,11 +13,11 @@ from typing import Any
 import uvloop
 
 from dispatcher.client import AsyncWorkClient
-from dispatcher.config import Parser, number
-from dispatcher.errors import DispatcherError, ExitCode, UsageError
+from dispatcher.config import Parser, add_server_address, number
+from dispatcher.errors import DispatcherError, ExitCode
 from dispatcher.progress import Display, make_display, model_lines
 from dispatcher.run_facts import Rates, facts_of, facts_of_summary
-from dispatcher.server_file import DRAINED, read_server_file, token_given
+from dispatcher.server_file import DRAINED, read_server_file, state_dir_of, token_given
 from dispatcher.storage.files import Files
 from dispatcher.storage.run_state import load_run_file
 
@@ -41,11 +41,7 @@ def build_parser() -> Parser:
         "elsewhere a line a minute. It only looks; Ctrl-C ends the looking and not the run.",
         epilog=_EXAMPLES,
     )
-    parser.add_argument(
-        "address",
-        metavar="URL|@PATH",
-        help="the run's server: @STATE/server.json or @STATE, HOST:PORT or a URL",
-    )
+    add_server_address(parser)
     parser.add_argument(
         "--every",
         type=number(float, 0.1, 3600),
@@ -59,12 +55,6 @@ def build_parser() -> Parser:
         metavar="FILE",
         help="file with the server's token (default: the one in server.json, if that is named, "
         "else the variable DISPATCHER_TOKEN)",
-    )
-    parser.add_argument(
-        "--server-fingerprint",
-        metavar="SHA256",
-        help="SHA-256 fingerprint of the certificate of a server that speaks TLS (default: the "
-        "one in server.json, if that is named, else the variable DISPATCHER_FINGERPRINT)",
     )
     return parser
 
@@ -82,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _watch(args: argparse.Namespace) -> int:
-    state_dir = _state_dir_of(args.address)
-    if state_dir is not None and not state_dir.is_dir():
-        raise UsageError(f"{args.address}: there is no directory {state_dir}; is the run begun?")
+    state_dir = state_dir_of(args.address)
     token = token_given(args.token_file) if _is_needed(args) else None
     client = AsyncWorkClient(
         args.address, token=token, fingerprint=args.server_fingerprint, timeout_s=_STATUS_TIMEOUT_S
@@ -100,14 +88,6 @@ async def _watch(args: argparse.Namespace) -> int:
 
 def _is_needed(args: argparse.Namespace) -> bool:
     return args.token_file is not None or not args.address.startswith("@")
-
-
-def _state_dir_of(address: str) -> Path | None:
-    """Return the state directory that `@PATH` names; None for an address."""
-    if not address.startswith("@") or address == "@":
-        return None
-    path = Path(address[1:])
-    return path if path.is_dir() else path.parent
 
 
 class Watch:

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from dispatcher import fakellm, launch, watch
+from dispatcher import fakellm, launch, orders, watch
 from dispatcher.doctor import command as doctor
 from dispatcher.errors import ExitCode
 from dispatcher.export import cli as export
@@ -52,6 +52,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
         "dispatcher task-run": taskmanager.build_parser(),
         "dispatcher doctor": doctor.build_parser(),
         "dispatcher watch": watch.build_parser(),
+        **{f"dispatcher {name}": parser for name, parser in orders.parsers().items()},
         "dispatcher runs": runs.build_parser(),
         "dispatcher export": export.build_parser(),
     }

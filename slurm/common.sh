@@ -90,6 +90,8 @@ start_server() {
     announced_before=$(cat "$STATE/server.json" 2>/dev/null)
     command=(python3 -m dispatcher.server --infile "$INPUT" --outfile "$OUTPUT" --state "$STATE")
     command+=(--host 0.0.0.0 --port 0)
+    add_option INPUT_SUBSET --input-subset
+    add_option INPUT_SPLIT --input-split
     add_option WORK_TIMEOUT --work-timeout
     add_option MAX_RETRIES --max-retries
     add_option SERVER_CONFIG --config

@@ -20,6 +20,7 @@ from dispatcher.config import (
     run_settings_of,
 )
 from dispatcher.errors import UsageError
+from scripts.make_reference import parsers
 
 
 def parser_of(*, with_config: bool = True) -> Parser:
@@ -276,6 +277,22 @@ def test_a_number_out_of_bounds_is_refused_with_the_bounds(
     with pytest.raises(argparse.ArgumentTypeError) as caught:
         number(kind, *bounds)(text)
     assert str(caught.value) == said
+
+
+TIMES = [(n, a) for n, parser in parsers().items() for a in parser._actions if a.metavar == "S"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), TIMES, ids=lambda each: getattr(each, "dest", str(each))
+)
+def test_no_option_takes_more_seconds_than_anybody_waits(
+    command: str, option: argparse.Action
+) -> None:
+    assert callable(option.type)
+    assert float(option.type("3600")) == 3600
+    for text in ("inf", "1e300", "nan", "4e8"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is out of range; allowed: "):
+            option.type(text)
 
 
 def test_help_shows_every_default_also_where_there_is_none() -> None:

@@ -225,7 +225,7 @@ def test_dispatcher_run_waits_while_an_operator_has_it_paused_and_goes_on_when_t
     with running(*local_run(tmp_path)) as process, until_begun(process, state) as client:
         assert told(state, "/pause", {"paused": True, "reason": "a look"})[0] == 200
         said = process.wait_for_line(re.compile(r"^paused by an operator \(a look\); it waits for"))
-        assert 'POST /pause {"paused": false}' in said.string
+        assert f"dispatcher unpause @{state}; or" in said.string
         assert f"dispatcher run --resume {state} --unpause" in said.string
         wait_until(lambda: client.status()["issued"] == 0, "what is under way", END_S)
         assert not process.has_ended

@@ -6,6 +6,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from dispatcher.export.lines import OutputLines
 from dispatcher.storage.files import Files
 from dispatcher.storage.ownership import Claim, Identity
 from tests.storage.test_inputs import text_of
+from tests.support.processes import running
 
 ERROR = {"__ERROR__": {"error": "task_exception", "message": "x", "work_id": 1}}
 
@@ -389,6 +391,17 @@ def test_an_empty_name_is_not_the_current_directory(
     assert not target.exists()
 
 
+def test_a_name_that_no_file_can_have_is_refused_with_its_length(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = complete_run(tmp_path, [{"id": 0}])
+    name = "x" * 300
+    state_too = "OUTPUT: with .dispatch, as its state's, its name has 259 bytes"
+    assert state_too in refused(capsys, "x" * 250, "--to", "x.jsonl")
+    assert "OUTPUT: a name in it has 300 bytes" in refused(capsys, name, "--to", "x.jsonl")
+    assert "--to: a name in it has 306 bytes" in refused(capsys, output, "--to", f"{name}.jsonl")
+
+
 @pytest.mark.parametrize("option", ["--to", "--errors-to"])
 def test_the_files_of_the_run_itself_are_never_replaced(
     option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -464,6 +477,40 @@ def test_an_export_that_is_ended_by_a_signal_says_so_and_leaves_nothing(
     said = "dispatcher export: interrupted; nothing was written\n"
     assert (done.returncode, done.stdout, done.stderr) == (3, "", said)
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl", "out.jsonl.dispatch"}
+
+
+WRITING = """
+import signal, sys
+from pathlib import Path
+from dispatcher.export.targets import new_file
+from dispatcher.storage.files import Files
+with new_file(Path(sys.argv[1]), Files(), force=False) as file:
+    print("writing", flush=True)
+    signal.pause()
+"""
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one_and_no_other(tmp_path: Path) -> None:
+    output = complete_run(tmp_path, [{"id": n} for n in range(3)])
+    one, other = tmp_path / "x[1].jsonl", tmp_path / "y.jsonl"
+
+    def left() -> list[Path]:
+        return sorted(tmp_path.glob(".*.tmp"))
+
+    with running(sys.executable, "-c", WRITING, one) as killed:
+        killed.wait_for_line(re.compile("writing"))
+    with running(sys.executable, "-c", WRITING, other) as killed:
+        killed.wait_for_line(re.compile("writing"))
+    of_one, of_other = left()
+    elsewhere = of_one.with_name(re.sub("[0-9a-f]{12}-", "0" * 12 + "-", of_one.name))
+    elsewhere.write_text("of another machine")
+    with running(sys.executable, "-c", WRITING, one) as living:
+        living.wait_for_line(re.compile("writing"))
+        assert not of_one.exists()
+        (of_living,) = set(left()) - {elsewhere, of_other}
+        assert main([str(output), "--to", str(one)]) == 0
+        assert left() == sorted([elsewhere, of_other, of_living])
+    assert len(one.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

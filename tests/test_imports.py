@@ -31,6 +31,7 @@ FLOORS = [
     ("dispatcher.taskmanager.task", 2),
     ("dispatcher.taskmanager.backend", 2),
     ("dispatcher.remedies", 1),
+    ("dispatcher.acknowledging", 2),
     ("dispatcher.alarms", 2),
     ("dispatcher.error_lines", 2),
     ("dispatcher.spool_intake", 2),
@@ -53,6 +54,7 @@ FLOORS = [
     ("dispatcher.pause_notes", 6),
     ("dispatcher.launch", 6),
     ("dispatcher.watch", 6),
+    ("dispatcher.orders", 6),
     ("dispatcher.cli", 6),
 ]
 

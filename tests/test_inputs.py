@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -226,6 +228,26 @@ def test_standard_input_that_was_not_copied_whole_is_asked_for_again(tmp_path: P
     code, output = ended(run.begin(latency_s=0))
     assert code == 0, output
     run.check_complete([])
+
+
+def test_compressed_standard_input_is_refused_before_the_run_begins(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    run = Run(tmp_path, "-")
+    for content in (gzip.compress(lines()), lines()):
+        process = run.begin(latency_s=0)
+        threading.Thread(target=feed, args=(pipe, content), daemon=True).start()
+        code, output = ended(process)
+        if content != lines():
+            assert (code, run.written) == (2, []), output
+            assert "zcat FILE | ..." in output
+            assert "Traceback" not in output
+    assert code == 0, output  # nothing stands in the way of the same command with lines
+    run.check_complete([])
+
+
+def feed(pipe: Path, content: bytes) -> None:
+    with suppress(BrokenPipeError):
+        pipe.write_bytes(content)
 
 
 def partial_size(run: Run) -> int:

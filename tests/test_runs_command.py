@@ -196,6 +196,14 @@ Runs = Callable[..., str]
 Refused = Callable[..., tuple[int, str]]
 
 
+def test_a_name_that_nothing_can_have_is_refused(refused: Refused) -> None:
+    long = "x" * 300
+    for words in ([""], [long], ["out", "--merge", long], ["out", "--failed-to", ""]):
+        code, said = refused(*words)
+        assert code == 2
+        assert "the value is empty" in said or "has 300 bytes" in said
+
+
 def as_json(runs: Runs, *words: str | Path) -> Any:
     return json.loads(runs(*words, "--json"))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from dispatcher.doctor.finding import Finding, ok, problem, size_text, warning
 from dispatcher.input_options import InputOptions, is_standard_input
 from dispatcher.storage.inputs.beginning import Beginning, beginning_of
+from dispatcher.storage.inputs.compressed import FIRST_BYTES
 from dispatcher.storage.inputs.opening import reader_of
 from dispatcher.storage.inputs.reader import InputReader
 from dispatcher.storage.source import InputLine, LineSource
@@ -19,11 +20,7 @@ _WHOLE_BYTES = 4 << 20
 _PART_BYTES = 1 << 20
 _PART_LINES = 500
 _MANY_BAD = 0.2
-_COMPRESSED = {
-    b"\x1f\x8b": ("gzip", ".gz"),
-    b"\x28\xb5\x2f\xfd": ("zstd", ".zst"),
-    b"PAR1": ("Parquet", ".parquet"),
-}
+_BY_FIRST_BYTES = {**FIRST_BYTES, b"PAR1": ("Parquet", ".parquet")}
 _SHOWN_KEYS = 8
 
 
@@ -59,7 +56,7 @@ def check_input(
     try:
         with path.open("rb") as file:
             head = file.read(4)
-        for magic, (kind, suffix) in _COMPRESSED.items():
+        for magic, (kind, suffix) in _BY_FIRST_BYTES.items():
             if head.startswith(magic):
                 found = f"{path} is {kind} by its content, but read as lines, as it is no {suffix}"
                 return problem(CHECK, found, f"let its name end in {suffix}"), None

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 
 from dispatcher.config import Parser, parse
 from dispatcher.errors import DispatcherError, ExitCode
 from dispatcher.export.exporting import Exported, Wish, export
+from dispatcher.run_paths import file_option, place_option
 from dispatcher.storage.files import Files
 
 _TELL_EVERY_S = 5.0
@@ -43,10 +42,12 @@ exit codes: 0 done, 1 error, 2 usage, 3 interrupted (nothing was written)"""
 def build_parser() -> Parser:
     """Return the command's options."""
     parser = Parser(prog="dispatcher export", description=_DESCRIPTION, epilog=_EXAMPLES)
-    parser.add_argument("place", type=_path, metavar="OUTPUT", help="output, or state directory")
+    parser.add_argument(
+        "place", type=place_option, metavar="OUTPUT", help="output, or state directory"
+    )
     parser.add_argument(
         "--to",
-        type=_path,
+        type=file_option,
         required=True,
         metavar="FILE",
         help="new file: .parquet, .jsonl.zst, .jsonl.gz or .jsonl",
@@ -59,7 +60,7 @@ def build_parser() -> Parser:
     )
     errors.add_argument(
         "--errors-to",
-        type=_path,
+        type=file_option,
         metavar="FILE",
         help="write __ERROR__ lines to this file instead, as JSON lines of two keys: work_id, the "
         "number of the line, and __ERROR__, what it says (default: none)",
@@ -73,14 +74,6 @@ def build_parser() -> Parser:
         "--force", action="store_true", help="replace files that exist (default: no)"
     )
     return parser
-
-
-def _path(text: str) -> Path:
-    if not text.strip():
-        raise argparse.ArgumentTypeError(
-            "the value is empty, as that of a variable that is not set; name a file"
-        )
-    return Path(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import gzip
+import hashlib
 import os
-import secrets
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from msgspec.structs import replace
+
 from dispatcher.errors import StateError, StorageError, UsageError
 from dispatcher.export.lines import ERROR, OutputLine, OutputLines
 from dispatcher.export.shapes import Shape
 from dispatcher.storage.files import Files
 from dispatcher.storage.inputs.reader import missing_package
+from dispatcher.storage.ownership import Identity
 
 SUFFIXES = (".parquet", ".jsonl.zst", ".jsonl.gz", ".jsonl")
 _VALUE = "__VALUE__"
@@ -35,7 +39,8 @@ def new_file(target: Path, files: Files, *, force: bool) -> Iterator[BinaryIO]:
     it, and StorageError.
     """
     _check_new(target, force=force)
-    partial = target.with_name(f".{target.name}.{secrets.token_hex(8)}.tmp")
+    _remove_leftovers(target)
+    partial = _partial_of(target)
     try:
         try:
             with partial.open("xb", buffering=1 << 20) as file:
@@ -50,6 +55,35 @@ def new_file(target: Path, files: Files, *, force: bool) -> Iterator[BinaryIO]:
             f"cannot write {target}: {error.strerror or error}; nothing was changed, make room or "
             "name a file elsewhere"
         ) from error
+
+
+def _partial_of(target: Path) -> Path:
+    """Return where this process writes what becomes `target`; the name says who it is."""
+    me = Identity.of_this_process()
+    return target.with_name(f".{target.name}.{_place_of(me)}-{me.pid}-{me.started}.tmp")
+
+
+def _place_of(one: Identity) -> str:
+    """Return what tells the machine, its boot and its process ids apart from others."""
+    text = "\0".join((one.host, one.boot, one.namespace))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _remove_leftovers(target: Path) -> None:
+    """Remove what an export to the same file left behind when it was killed.
+
+    What another machine left stays: nobody can tell from here whether it is still being written.
+    """
+    me = Identity.of_this_process()
+    name = re.compile(re.escape(f".{target.name}.{_place_of(me)}-") + r"(\d+)-(\d+)\.tmp")
+    with contextlib.suppress(OSError):
+        for path in target.parent.iterdir():
+            if (found := name.fullmatch(path.name)) is None:
+                continue
+            writer = replace(me, pid=int(found[1]), started=found[2])
+            # Of another user's processes this one may see nothing.
+            if path.lstat().st_uid == os.geteuid() and me.knows_dead(writer):
+                path.unlink()
 
 
 def _check_new(target: Path, *, force: bool) -> None:

@@ -14,6 +14,7 @@ from threading import Lock
 
 from dispatcher.config import Parser, number, parse
 from dispatcher.errors import DispatcherError, ExitCode, UsageError
+from dispatcher.run_paths import file_option, place_option
 from dispatcher.runs import show
 from dispatcher.runs.failed import write_failed
 from dispatcher.runs.found import find_runs, the_run
@@ -56,7 +57,7 @@ def build_parser() -> Parser:
     parser.add_argument(
         "places",
         nargs="*",
-        type=Path,
+        type=place_option,
         metavar="DIR",
         help="directory with runs in or under it, a state directory, or an output "
         "(default: the current directory)",
@@ -88,14 +89,14 @@ def build_parser() -> Parser:
     )
     what.add_argument(
         "--failed-to",
-        type=Path,
+        type=file_option,
         metavar="FILE",
         help="write the input lines whose result is an __ERROR__ to a new file, byte for byte and "
         "not compressed, and beside it FILE.origin, which tells where they belong",
     )
     what.add_argument(
         "--merge",
-        type=Path,
+        type=place_option,
         metavar="OUTPUT2",
         help="put the results of the run over such a file (its output, or its state directory) at "
         "their positions in the first run's output. Only __ERROR__ lines are replaced, a line "
@@ -111,7 +112,7 @@ def build_parser() -> Parser:
     )
     one.add_argument(
         "--failed",
-        type=Path,
+        type=file_option,
         metavar="FILE",
         help="--merge: the file that --failed-to wrote (default: the input of OUTPUT2's run)",
     )

@@ -13,6 +13,7 @@ from aiohttp import hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from dispatcher import steering
+from dispatcher.config import MOST_SECONDS
 from dispatcher.core.buckets import CALL_BOUNDS_S, Buckets
 from dispatcher.errors import (
     AccessDeniedError,
@@ -327,10 +328,10 @@ async def post_work_timeout(request: web.Request) -> web.Response:
     """POST /work_timeout"""
     _check_admin(request)
     timeout_s = access.decode(await access.read_body(request.content), WorkTimeout).timeout
-    if not 0 < timeout_s < float("inf"):
-        raise BadRequestError('"timeout" must be seconds above 0')
-    request.app[SERVICE].set_work_timeout(timeout_s)
-    return _json({"status": "OK", "message": f"the work timeout is {timeout_s:g} seconds now"})
+    if not 0 < timeout_s <= MOST_SECONDS:
+        raise BadRequestError(f'"timeout" must be seconds above 0 and at most {MOST_SECONDS:.0f}')
+    service = request.app[SERVICE]
+    return _done(service, steering.change_work_timeout(service, timeout_s))
 
 
 async def post_max_failures(request: web.Request) -> web.Response:
@@ -342,11 +343,10 @@ async def post_max_failures(request: web.Request) -> web.Response:
     limit = str(body.limit) if body.limit is not None else None
     service = request.app[SERVICE]
     try:
-        pause = await steering.change_failure_limit(service, limit, accept=body.accept)
+        said = await steering.change_failure_limit(service, limit, accept=body.accept)
     except ValueError as error:
         raise BadRequestError(f'"limit": {error}') from error
-    said = f"the limit is {service.queue.max_failures} now"
-    return _json({"status": "OK", "message": f"still {pause}" if pause is not None else said})
+    return _done(service, said)
 
 
 async def post_pause(request: web.Request) -> web.Response:
@@ -358,14 +358,20 @@ async def post_pause(request: web.Request) -> web.Response:
         said = await steering.pause(service, access.reason(body.reason))
     else:
         said = await steering.resume(service)
-    return _json({"status": "OK", "message": said})
+    return _done(service, said)
 
 
 async def post_drain(request: web.Request) -> web.Response:
     """POST /drain"""
     _check_admin(request)
     access.decode(await access.read_body(request.content), DrainOrder)
-    return _json({"status": "OK", "message": await steering.drain(request.app[SERVICE])})
+    service = request.app[SERVICE]
+    return _done(service, await steering.drain(service))
+
+
+def _done(service: DispatchService, said: str) -> web.Response:
+    """Answer who told the run something: what came of it, and how the run is now."""
+    return _json({"status": "OK", "message": said, "state": service.state})
 
 
 def _check_admin(request: web.Request) -> None:

@@ -26,6 +26,7 @@ from dispatcher.config import (
     add_run_limits,
     number,
     run_settings_of,
+    seconds,
 )
 from dispatcher.errors import (
     DispatcherError,
@@ -178,7 +179,7 @@ def build_parser() -> Parser:
     )
     wire.add_argument(
         "--retry",
-        type=number(float, 0),
+        type=seconds(0),
         default=300.0,
         metavar="S",
         help="seconds after which a client that got nothing should ask again",

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dispatcher.config import OwnList, Parser, default_state_dir, number, parse
+from dispatcher.config import OwnList, Parser, default_state_dir, number, parse, seconds
 from dispatcher.errors import DispatcherError, ExitCode, SlurmError, StateError, UsageError
+from dispatcher.run_paths import place_option
 from dispatcher.runs.found import FoundRun, find_runs, quoted
 from dispatcher.runs.look import look
 from dispatcher.runs.show import standing_text
@@ -348,7 +349,7 @@ def _stop_parser() -> Parser:
     )
     parser.add_argument(
         "--timeout",
-        type=number(float, 0),
+        type=seconds(0),
         default=_STOP_S,
         metavar="S",
         help="seconds to wait until all jobs have ended",
@@ -408,7 +409,10 @@ def _place_parser(command: str, description: str, example: str) -> Parser:
         epilog=f"example:\n  {_PROGRAM} {command} answers.jsonl{example}",
     )
     parser.add_argument(
-        "place", type=Path, metavar="OUTFILE", help="the run's output, or its state directory"
+        "place",
+        type=place_option,
+        metavar="OUTFILE",
+        help="the run's output, or its state directory",
     )
     return parser
 

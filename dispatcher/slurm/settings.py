@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dispatcher.config import OwnList, Parser, absolute_spec, default_state_dir, number
+from dispatcher.config import OwnList, Parser, absolute_spec, default_state_dir, number, seconds
 from dispatcher.errors import UsageError
 from dispatcher.input_options import (
+    InputOptions,
     absolute_input,
+    check_input_options,
     data_set_directory,
     input_path,
     is_data_set,
@@ -29,6 +31,7 @@ RUN, SERVER, WORKERS = "run", "server", "workers"
 SCRIPTS_OF = {"run": (RUN,), "start": (SERVER, WORKERS)}
 """The scripts that a command submits."""
 
+_INFILE_OF_SCRIPTS = "examples/data/prompts.jsonl"
 _OUTFILE = "output-slurm.jsonl"
 _BACKENDS = ("vllm", "fake", "local", "openai", "cerebras")
 
@@ -65,11 +68,13 @@ _at_least_0 = _checked(number(int, 0))
 _at_least_1 = _checked(number(int, 1))
 _at_least_1_or_auto = _checked(number(int, 1), "auto")
 _at_least_minus_1 = _checked(number(int, -1))
-_seconds = _checked(number(float, 0.001))
+_seconds = _checked(seconds(0.001))
 
 _TASK = "module:Class or FILE.py:Class (default: that of examples/chat_task.py)"
-_INFILE = """input, as dispatcher-server takes it, but for standard input; which part of a data
-    set: --server-args='--input-split test' (default: examples/data/prompts.jsonl)"""
+_INFILE = """input, as dispatcher-server takes it, but for standard input (default:
+    examples/data/prompts.jsonl)"""
+_SUBSET = "of an input that is a data set, the subset (default: none)"
+_SPLIT = "of an input that is a data set, the split (default: the only one, or train)"
 _STATE = "state directory, seen by all nodes (default: OUTFILE.dispatch)"
 _MODEL = "model, a name or a directory (default: the quick start's, on the CPU)"
 _BACKEND = f"one of {', '.join(_BACKENDS)} (default: vllm with --model, else local)"
@@ -96,6 +101,8 @@ _VENV = """virtual environment to run in without a container (default: the one t
 SETTINGS = (
     Setting("--task", "TASK", "CLASS", _TASK),
     Setting("--infile", "INPUT", "FILE", _INFILE),
+    Setting("--input-subset", "INPUT_SUBSET", "NAME", _SUBSET),
+    Setting("--input-split", "INPUT_SPLIT", "NAME", _SPLIT),
     Setting("--outfile", "OUTPUT", "FILE", f"output, one result a line (default: {_OUTFILE})"),
     Setting("--state", "STATE", "DIR", _STATE),
     Setting("--model", "MODEL", "NAME", _MODEL),
@@ -310,9 +317,11 @@ def _given(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str
     """Return the settings that somebody gave, as text, with absolute paths."""
     given: dict[str, str] = {}
     for setting in SETTINGS:
-        value = getattr(args, setting.dest, None)
-        text = environment.get(setting.variable, "") if value is None else value
-        if text and hasattr(args, setting.dest):
+        if not hasattr(args, setting.dest):
+            continue
+        value = getattr(args, setting.dest)
+        text = _checked_variable(setting, environment) if value is None else value
+        if text:
             given[setting.dest] = text
     given.setdefault("outfile", _OUTFILE)
     if "infile" in given:
@@ -331,6 +340,22 @@ def _given(args: argparse.Namespace, environment: Mapping[str, str]) -> dict[str
     return given
 
 
+def _checked_variable(setting: Setting, environment: Mapping[str, str]) -> str:
+    """Return what the environment says of a setting, if anything. Raises UsageError."""
+    text = environment.get(setting.variable, "")
+    try:
+        if text:
+            setting.kind(text)
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"the variable {setting.variable}: {error}") from None
+    if text and setting.choices is not None and text not in setting.choices:
+        choices = ", ".join(setting.choices)
+        raise UsageError(
+            f"the variable {setting.variable} is {text!r}, but must be one of {choices}"
+        )
+    return text
+
+
 def check_files(settings: Settings, *, has_examples: bool) -> None:
     """Refuse now what a job could only refuse after it has waited for its nodes.
 
@@ -347,8 +372,11 @@ def check_files(settings: Settings, *, has_examples: bool) -> None:
             f"give --{missing[0]}: its default is an example, and those are in the repository "
             "only, not in the installed package"
         )
+    infile = Path(given.get("infile", _INFILE_OF_SCRIPTS))
     if "infile" in given:
-        _check_infile(Path(given["infile"]))
+        _check_infile(infile)
+    part = InputOptions(given.get("input_subset"), given.get("input_split"))
+    check_input_options(infile, part)
     for name in _FILES:
         if name in given and not Path(given[name]).is_file():
             raise UsageError(f"--{name.replace('_', '-')} {given[name]}: there is no such file")

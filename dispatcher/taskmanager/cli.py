@@ -24,8 +24,8 @@ from dispatcher.config import (
     Parser,
     add_input_options,
     add_run_limits,
-    number,
     run_settings_of,
+    seconds,
 )
 from dispatcher.errors import BackendRefusalError, DispatcherError, ExitCode, UsageError
 from dispatcher.input_options import INPUT_HELP
@@ -128,7 +128,7 @@ def build_parser() -> Parser:
     )
     source.add_argument(
         "--server-timeout",
-        type=number(float, 1),
+        type=seconds(1),
         default=600.0,
         metavar="S",
         help="seconds without an answer from the server before this worker gives up (exit code 5); "

@@ -90,6 +90,7 @@ _WORKER = (
 _SERVER = "dispatcher-server --infile prompts.jsonl --outfile answers.jsonl"
 _UNTIL_IT_SERVES = f"for _ in $(seq 300); do [ ! -s {_SERVER_FILE} ] || break; sleep 0.1; done"
 _WATCHES = re.compile("dispatcher watch ")
+_TELLS = re.compile("dispatcher (pause|unpause|set|drain) ")
 _MAKES_ANSWERS = re.compile(r"(?:--output |--outfile |OUTPUT=)answers\.jsonl|^dispatcher-task-run")
 
 
@@ -109,7 +110,8 @@ class Stage:
         commands = [re.split(r"\s+# ", command)[0] for command in commands_of(text)]
         commands = [each for each in commands if not each.startswith(tuple(ELSEWHERE))]
         has_run = "answers.jsonl" in text and not any(map(_MAKES_ANSWERS.search, commands))
-        if has_run and not re.search("slurm|dispatcher watch", text):
+        is_told = any(map(_TELLS.match, commands))
+        if has_run and not is_told and not re.search("slurm|dispatcher watch", text):
             self.leave_run(
                 is_complete=bool(re.search("--failed-to|dispatcher export", text)),
                 has_failures="--failed-to" in text,
@@ -122,6 +124,9 @@ class Stage:
             if not is_served and (is_watched or any("--dispatcher " in each for each in commands)):
                 options = ["--no-auth", "--port", ports["8000"]]
                 others.enter_context(self.process(*_SERVER.split(), *options))
+                wait_until(self._serves, "a server", 30)
+            elif is_told:
+                others.enter_context(self.process(*_SERVER.split(), "--port", "0"))
                 wait_until(self._serves, "a server", 30)
             if is_watched:
                 others.enter_context(self.process(*_WORKER.split()))

@@ -1248,6 +1248,7 @@ FIELDS: dict[str, tuple[tuple[str, Any], str]] = {
     "a work timeout of 0": (("/work_timeout", {"timeout": 0}), "timeout"),
     "a negative work timeout": (("/work_timeout", {"timeout": -1}), "timeout"),
     "a work timeout of minus zero": (("/work_timeout", {"timeout": -0.0}), "timeout"),
+    "a work timeout of more than ten years": (("/work_timeout", {"timeout": 4e8}), "315360000"),
     "a work timeout that is a string": (("/work_timeout", {"timeout": "5"}), "timeout"),
     "a work timeout that is true": (("/work_timeout", {"timeout": True}), "timeout"),
     "a work timeout that is null": (("/work_timeout", {"timeout": None}), "timeout"),

@@ -188,7 +188,8 @@ def test_how_many_lines_may_fail_is_changed_with_the_admin_token_alone(server: S
     assert "admin.token" in reply["message"]
     assert ask(server, "GET", "/status", server.headers)[1]["max_failures"] == "off"
     status, reply, _ = ask(server, "POST", "/max_failures", server.admin_headers, body)
-    assert (status, reply["message"]) == (200, "the limit is 7 now")
+    said = "the lines that failed so far are accepted, the limit is 7 now"
+    assert (status, reply["message"], reply["state"]) == (200, said, "running")
     assert ask(server, "GET", "/status", server.headers)[1]["max_failures"] == "7"
 
 

@@ -88,7 +88,7 @@ def test_a_pause_is_logged_once_with_the_remedy_and_without_what_lines_hold(
     said = [record.getMessage() for record in caplog.records if "paused" in record.getMessage()]
     assert len(said) == 1
     assert "--accept-failures" in said[0]
-    assert "POST /max_failures" in said[0]
+    assert f"dispatcher unpause @{settings.state_dir} --accept-failures; or start" in said[0]
     assert "secret" not in said[0]
 
 
@@ -122,8 +122,9 @@ def test_a_call_for_work_that_waits_is_answered_when_the_run_goes_on(settings: R
             await asyncio.sleep(0.05)
             assert not asking.done()
 
-            assert await change_failure_limit(service, None, accept=True) is None
+            said = await change_failure_limit(service, None, accept=True)
 
+            assert said.startswith("the run goes on: the lines that failed so far are accepted")
             assert len((await asking).items) == 1
 
     give_input(settings, 20)
@@ -134,8 +135,10 @@ def test_a_limit_that_is_not_enough_is_answered_with_the_pause(settings: RunSett
     async def scenario() -> None:
         async with serving(limited(settings, "0")) as service:
             await fail(service, 3)
-            assert await change_failure_limit(service, "2", accept=False) is not None
-            assert await change_failure_limit(service, "3", accept=False) is None
+            said = await change_failure_limit(service, "2", accept=False)
+            assert said.startswith("still paused, as 3 of 3 finished lines failed")
+            said = await change_failure_limit(service, "3", accept=False)
+            assert said == "the run goes on: the limit is 3 now"
             assert service.status()["state"] == "running"
 
     give_input(settings, 20)

@@ -28,7 +28,10 @@ from tests.service.test_failure_limit import FAILED, fail
 from tests.storage.broken_files import FULL, BrokenFiles
 
 WHY = "the nodes are needed"
-LIFT = 'POST /pause {"paused": false}'
+
+
+def lifting(settings: RunSettings) -> str:
+    return f"dispatcher unpause @{settings.state_dir}"
 
 
 def test_a_paused_run_hands_out_nothing_takes_what_is_under_way_and_says_so(
@@ -38,7 +41,7 @@ def test_a_paused_run_hands_out_nothing_takes_what_is_under_way_and_says_so(
         async with serving(settings) as service:
             held = await take(service, 2)
             said = await steering.pause(service, WHY)
-            assert said == f"paused by an operator ({WHY}); to go on: {LIFT}"
+            assert said == f"paused by an operator ({WHY}); to go on: {lifting(settings)}"
 
             reply = await service.get_work("w", 5)
             assert (reply.status, reply.items) == (WorkStatus.RETRY, [])
@@ -99,7 +102,7 @@ def test_a_server_that_is_killed_is_followed_by_one_that_stays_paused(
     said = [record.getMessage() for record in caplog.records if "paused" in record.getMessage()]
     assert len(said) == 1
     assert said[0].startswith(f"paused by an operator ({WHY}); what is under way may finish; tell ")
-    assert LIFT in said[0]
+    assert lifting(settings) in said[0]
     assert said[0].endswith("start the run again with --unpause")
     assert output(settings) == expected(range(20))
 
@@ -114,12 +117,13 @@ def test_both_pauses_must_be_lifted_and_each_answer_names_what_is_left(
             await steering.pause(service, "")
             await service.submit([answer(item, FAILED) for item in held])
             said = await steering.pause(service, "")
-            assert said.endswith(f"; to go on: {LIFT} and POST /max_failures")
+            assert said.endswith(f"; to go on: {lifting(settings)} --accept-failures")
             assert "by an operator and as 1 of 1 finished lines failed" in said
 
             said = await steering.resume(service)
             assert said.startswith("still paused, as 1 of 1 finished lines failed")
-            assert await steering.change_failure_limit(service, None, accept=True) is None
+            said = await steering.change_failure_limit(service, None, accept=True)
+            assert said.startswith("the run goes on: the lines that failed so far are accepted")
             assert len(await take(service, 1)) == 1
 
     give_input(settings, 20)

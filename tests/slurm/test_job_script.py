@@ -18,6 +18,7 @@ import pytest
 
 from dispatcher.client import WorkClient
 from dispatcher.server_file import read_server_file
+from tests.support.kinds import save_data_set
 from tests.support.processes import ROOT, Process, running, wait_until
 
 SCRIPT = ROOT / "slurm" / "server.sbatch"
@@ -41,13 +42,11 @@ class Jobs:
         asked = self.directory / "asked"
         return asked.read_text().splitlines() if asked.exists() else []
 
-    @contextmanager
-    def serving(
-        self, job: int = 7, restarts: int = 0, server_args: str = ""
-    ) -> Iterator[tuple[Process, WorkClient]]:
-        """The script of a job, once its server answers; and a client of that."""
-        before = self._announced()
-        env = {
+    def env(
+        self, job: int = 7, restarts: int = 0, server_args: str = "", **settings: str
+    ) -> dict[str, str]:
+        """What a job's script finds in its environment."""
+        return {
             "PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}",
             "VENV": sys.prefix,
             "DISPATCHER_SLURM_DIR": str(SCRIPT.parent),
@@ -56,7 +55,14 @@ class Jobs:
             "INPUT": str(self.directory / "in"),
             "OUTPUT": str(self.directory / "out"),
             "SERVER_ARGS": f"--host 127.0.0.1 {server_args}",
+            **settings,
         }
+
+    @contextmanager
+    def serving(self, *of_job: Any, **settings: Any) -> Iterator[tuple[Process, WorkClient]]:
+        """The script of a job, as `env` has it, once its server answers; and a client of that."""
+        before = self._announced()
+        env = self.env(*of_job, **settings)
         with running("bash", SCRIPT, env=env, cwd=self.directory) as script:
             try:
                 wait_until(lambda: self._announced() != before, "server.json", END_S)
@@ -105,6 +111,24 @@ def fail(client: WorkClient, count: int) -> None:
     for item in items:
         item.set_result(FAILED)
     client.submit_results(items)
+
+
+# --- its input ---------------------------------------------------------------------------------
+
+
+def test_a_job_reads_the_part_of_a_data_set_that_its_settings_name(jobs: Jobs) -> None:
+    parts = {split: [{"of": split}] * 3 for split in ("train", "test")}
+    data = save_data_set(jobs.directory / "data", **parts)
+    with jobs.serving(INPUT=str(data), INPUT_SPLIT="test") as (_, client):
+        assert {item.content for item in client.get_work(5).items} == {'{"of":"test"}'}
+
+
+@pytest.mark.parametrize("part", ["subset", "split"])
+def test_a_part_of_what_is_no_data_set_is_refused_by_the_job(jobs: Jobs, part: str) -> None:
+    env = jobs.env(**{f"INPUT_{part.upper()}": "x"})
+    with running("bash", SCRIPT, env=env, cwd=jobs.directory) as script:
+        assert script.wait(END_S) == 2
+        assert f"--input-{part} goes with a data set" in script.output
 
 
 # --- the end of the server ----------------------------------------------------------------------

@@ -42,7 +42,8 @@ CASES: dict[str, tuple[str, list[str]]] = {
     "apart": (
         "start",
         [
-            *("--infile", "/data/in.jsonl", "--outfile", "/data/answers.jsonl"),
+            *("--infile", "hf:org/name", "--input-subset", "en", "--input-split", "test[:10%]"),
+            *("--outfile", "/data/answers.jsonl"),
             *("--state", "/scratch/state", "--backend", "fake", "--batch-size", "8"),
             *("--server-args", "--window 100000", "--server-timeout", "7200"),
             *("--gpus-per-node", "1", "--time", "01:00:00", "--job-name", "answers"),

@@ -22,7 +22,10 @@ from tests.support.processes import ROOT, dispatcher_server
 
 FAKE = Path(__file__).with_name("fake_slurm.py")
 COMMANDS = ("sbatch", "squeue", "scancel", "sacct")
-SETTINGS = ("TASK", "INPUT", "OUTPUT", "STATE", "MODEL", "BACKEND", "CONFIG", "VENV", "CONTAINER")
+SETTINGS = (
+    *("TASK", "INPUT", "INPUT_SUBSET", "INPUT_SPLIT", "OUTPUT", "STATE", "MODEL", "BACKEND"),
+    *("CONFIG", "VENV", "CONTAINER"),
+)
 
 
 @dataclass
@@ -102,6 +105,12 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Any:
         return code, err
 
     return call
+
+
+def test_a_name_that_no_run_can_have_is_refused(refused: Any) -> None:
+    for command in (["status"], ["stop"], ["add-workers", "2"]):
+        assert refused(command[0], "x" * 300, *command[1:])[0] == 2
+        assert refused(command[0], "", *command[1:])[0] == 2
 
 
 FILES = ("--infile", "in.jsonl", "--outfile", "out.jsonl", "--task", "my_tasks.py:MyTask")
@@ -184,6 +193,45 @@ def test_a_dry_run_prints_the_scripts_and_changes_nothing(
     said("start", *FILES)
     assert first.split("\n", 1)[1] == script("server")
     assert second.split("\n", 1)[1] == script("workers")
+
+
+def test_a_part_of_a_data_set_is_named_by_flag_yaml_or_environment_and_gone_on_with(
+    fake: Fake, said: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("run.yaml").write_text("infile: hf:org/name\ninput_split: validation\n")
+    monkeypatch.setenv("INPUT_SUBSET", "en")
+    monkeypatch.setenv("INPUT_SPLIT", "train")
+    said("run", "--config", "run.yaml", *FILES[2:])
+    given = ("INPUT=hf:org/name ", "INPUT_SUBSET=en ", "INPUT_SPLIT=validation ")
+    assert all(f"\n{setting}" in script("run") for setting in given)
+    fake.change("11", state="CANCELLED")
+    monkeypatch.delenv("INPUT_SUBSET")
+    said("run", "--resume", STATE)
+    assert all(f"\n{setting}" in script("run") for setting in given)
+
+
+@pytest.mark.parametrize("words", [("--infile", "in.jsonl"), ()])
+def test_a_part_of_what_is_no_data_set_is_refused_before_a_job_waits(
+    words: tuple[str, ...], fake: Fake, refused: Any
+) -> None:
+    code, text = refused("run", *words, "--task", "my_tasks.py:MyTask", "--input-split", "test")
+    assert code == 2
+    assert "--input-split goes with a data set" in text
+    assert fake.calls("sbatch") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("WORK_TIMEOUT", "inf"), ("MAX_RETRIES", "few"), ("BACKEND", "vlm")]
+)
+def test_a_variable_has_the_bounds_of_its_option(
+    name: str, value: str, fake: Fake, refused: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    code, text = refused("run", *FILES)
+    assert code == 2
+    assert f"the variable {name}" in text
+    assert value in text
+    assert fake.calls("sbatch") == []
 
 
 def test_flags_win_over_yaml_and_yaml_over_the_environment(

@@ -374,6 +374,41 @@ def test_a_pipe_that_pauses_is_read_to_its_end(tmp_path: Path) -> None:
     assert b"".join(read) == b"one\ntwo"
 
 
+@MAKERS
+def test_a_pipe_of_compressed_bytes_is_refused_with_what_decompresses_them(
+    make: Callable[[Path, bytes], Path], tmp_path: Path
+) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    content = make(tmp_path, LINES).read_bytes()
+    program = {".gz": "zcat", ".zst": "zstdcat"}[make(tmp_path, LINES).suffix]
+    state = tmp_path / "state"
+    refused: list[str] = []
+
+    def copy() -> None:
+        try:
+            opened(pipe, state)
+        except UsageError as error:
+            refused.append(str(error))
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    with pipe.open("wb", buffering=0) as writer:
+        for byte in content[:4]:  # its kind is not told before it can be
+            assert not refused
+            writer.write(bytes([byte]))
+        thread.join(10)
+    assert len(refused) == 1
+    assert f"start the command as {program} FILE | ..." in refused[0]
+    assert list(state.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", [b"", b"1", b"12\n", b"{}\n{}"])
+def test_a_pipe_of_a_few_bytes_is_read_as_it_is(text: bytes, tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    threading.Thread(target=pipe.write_bytes, args=(text,), daemon=True).start()
+    assert b"".join(PipeReader(pipe).blocks(CopyStop())) == text
+
+
 def test_a_reader_that_hangs_is_left_behind(tmp_path: Path) -> None:
     stop, hangs = CopyStop(), threading.Event()
 

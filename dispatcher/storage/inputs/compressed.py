@@ -15,6 +15,9 @@ from dispatcher.errors import UsageError
 from dispatcher.storage.inputs.fingerprints import fingerprint_of_file
 from dispatcher.storage.inputs.reader import BLOCK_BYTES, CopyStop, InputReader, missing_package
 
+FIRST_BYTES = {b"\x1f\x8b": ("gzip", ".gz"), b"\x28\xb5\x2f\xfd": ("zstd", ".zst")}
+"""What such files begin with, and no text in UTF-8 does; what they are, and end in by name."""
+
 _ZSTD_PIECE_BYTES = (1 << 6, 1 << 8, 1 << 12)
 """What is decoded at once, at least, at first and at most: a few bytes may grow by thousands."""
 _ZSTD_GROWN_BYTES = 1 << 18

@@ -6,15 +6,20 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 
 from dispatcher.errors import UsageError
 from dispatcher.input_options import is_standard_input
+from dispatcher.storage.inputs.compressed import FIRST_BYTES
 from dispatcher.storage.inputs.reader import BLOCK_BYTES, CopyStop, InputReader
 
 CLOSED = "the input - is standard input, but that is closed; write lines to it, or name a file"
 _LOOK_EVERY_MS = 200
+_TELLING_BYTES = max(map(len, FIRST_BYTES))
+_PLAIN = {".gz": "zcat", ".zst": "zstdcat"}
+"""What writes such a file as text."""
 
 
 class PipeReader(InputReader):
@@ -35,7 +40,31 @@ class PipeReader(InputReader):
         return False
 
     def blocks(self, stop: CopyStop) -> Iterator[bytes]:
-        """Yield what comes, without ever waiting longer than until `stop` is looked at."""
+        """Yield what comes, without ever waiting longer than until `stop` is looked at.
+
+        Raises UsageError when it is compressed: as lines, all of it would be errors.
+        """
+        head = b""
+        with closing(self._pieces(stop)) as pieces:
+            for piece in pieces:
+                head += piece
+                if len(head) >= _TELLING_BYTES:
+                    break
+            self._check_is_text(head)
+            if head:
+                yield head
+            yield from pieces
+
+    def _check_is_text(self, head: bytes) -> None:
+        for magic, (kind, suffix) in FIRST_BYTES.items():
+            if head.startswith(magic):
+                raise UsageError(
+                    f"{self.name} is {kind} by its first bytes, where lines are wanted: start the "
+                    f"command as {_PLAIN[suffix]} FILE | ..., or name the file itself, with "
+                    f"{suffix} at its end"
+                )
+
+    def _pieces(self, stop: CopyStop) -> Generator[bytes]:
         fd = self._open()
         try:
             poll = select.poll()

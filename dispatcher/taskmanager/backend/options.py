@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dispatcher.config import OwnList, Parser, number
+from dispatcher.config import OwnList, Parser, number, seconds
 from dispatcher.taskmanager.backend.settings import (
     DEFAULT_KIND,
     DEFAULT_LOCAL_WORKERS,
@@ -67,20 +67,20 @@ def add_backend_options(parser: Parser) -> None:
     )
     model.add_argument(
         "--startup-timeout",
-        type=number(float, 1),
+        type=seconds(1),
         default=1800.0,
         metavar="S",
         help="seconds the model server may take to start",
     )
     model.add_argument(
         "--request-timeout",
-        type=number(float, 0.1),
+        type=seconds(0.1),
         metavar="S",
         help="seconds one model request may take (default: 600)",
     )
     model.add_argument(
         "--hang-timeout",
-        type=number(float, 1),
+        type=seconds(1),
         default=180.0,
         metavar="S",
         help="seconds a launched model server may make no progress before it is started again",

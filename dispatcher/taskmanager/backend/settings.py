@@ -22,6 +22,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
+from dispatcher.config import MOST_SECONDS
+
 AUTO: Literal["auto"] = "auto"
 DEFAULT_WORKERS = 64
 DEFAULT_LOCAL_WORKERS = 8
@@ -31,7 +33,7 @@ SECTIONS = ("backends", "models_to_run", "concurrency", "load_monitoring", "gene
 
 MOST_WORKERS = 1 << 16
 
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=10_000_000)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=MOST_SECONDS)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Requests = Annotated[int, msgspec.Meta(ge=1, le=MOST_WORKERS)]
