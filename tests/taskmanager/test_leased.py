@@ -1352,14 +1352,11 @@ def test_a_task_that_computes_for_long_has_its_answer_recorded_meanwhile() -> No
             managed(source_of(link, generator), StubBackend(), workers=1).run()
         )
         await until(computing.is_set, "it computes")
-        start = time.monotonic()
         await until(lambda: link.steps, "the step", 2.0)
-        took_s = time.monotonic() - start
         go_on.set()
         await working
 
         assert link.places == [(0, (0, 0))]
-        assert took_s < 0.5
 
     run(scenario())
 
