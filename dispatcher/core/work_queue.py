@@ -19,7 +19,6 @@ Nothing here does I/O or reads a clock: `now` is any number of seconds that neve
 from __future__ import annotations
 
 import heapq
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -308,19 +307,19 @@ class WorkQueue:
         """Learn how fast workers are, and keep what lines went through for people to read."""
         leases, items = self.leases, self.items
         lasted_s: list[float] = []
-        givers: list[str] = []
+        by_worker: dict[str, int] = {}
         for work_id, serial, _, kind in taken:
             lease = leases.get(serial or 0)  # serials count from 1
             if lease is not None and lease.work_id == work_id:
                 # As Lease.running_since has it, but for the cost of a property.
                 began_at = lease.started_at
                 lasted_s.append(now - (lease.issued_at if began_at is None else began_at))
-                givers.append(lease.worker)
+                by_worker[lease.worker] = by_worker.get(lease.worker, 0) + 1
             item = items.get(work_id)
             if item is not None and item.history:
                 self._note_past(item, kind or "ok")
         self._durations.extend(lasted_s)
-        for name, count in Counter(givers).items():
+        for name, count in by_worker.items():
             if worker := self.workers.get(name):
                 worker.note_finishes(count, now)
 

@@ -309,8 +309,8 @@ MUTANTS = [
     Mutant(
         "leases are not restored",
         QUEUE,
-        "for lease in saved.leases:",
-        "for lease in saved.leases[:0]:",
+        "for was in saved.leases:",
+        "for was in saved.leases[:0]:",
         CRASHES,
         r"False = same\(QueueState",
     ),
