@@ -32,7 +32,6 @@ from tests.service.support import (
     answer,
     completed,
     expected,
-    finish_everything,
     give_back,
     line,
     output,
@@ -586,8 +585,7 @@ def test_a_drained_or_closed_service_waits_for_no_more_of_the_copy(
         held.let_all()
         async with serving(settings) as service:
             assert service.status()["done"] == 2
-            await finish_everything(service)
-
+            await finish_everything_as_it_comes(service)
         assert output(settings) == expected(range(6))
 
     run(scenario())
