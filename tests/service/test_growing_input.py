@@ -21,6 +21,10 @@ from dispatcher.errors import (
     UsageError,
 )
 from dispatcher.models import ResultItem, WorkStatus
+from dispatcher.runs.cli import main
+from dispatcher.runs.found import the_run
+from dispatcher.runs.look import look
+from dispatcher.server.item_view import ItemView
 from dispatcher.server.overview import full_status
 from dispatcher.service import DispatchService
 from dispatcher.storage.files import Files
@@ -234,6 +238,27 @@ def test_an_empty_input_and_one_that_is_copied_at_once_are_whole_before_the_run_
             await completed(service)
 
     run(scenario())
+
+
+def test_a_line_and_a_run_are_shown_while_the_copy_is_not_whole(
+    settings: RunSettings, held: HeldInput, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            await take(service, 2)
+            found = await ItemView(service).look("1")
+            assert found is not None
+            assert found["input"]["text"] == '{"n": 1}'
+            assert await ItemView(service).look("5") is None  # nothing of it is there yet
+
+    run(scenario())
+    standing = look(the_run(settings.state_dir, 0))
+    assert (standing.done, standing.total, standing.total_is_exact) == (0, None, False)
+    assert main([str(settings.state_dir), "--item", "1"]) == 0
+    assert main([str(settings.state_dir), "--item", "5"]) == 2
+    assert "3 lines were copied so far" in capsys.readouterr().err
+    assert main([str(settings.state_dir)]) == 0
+    assert "100" not in capsys.readouterr().out.replace(str(settings.state_dir), "")
 
 
 # -------------------------------------------------------------------- going on
