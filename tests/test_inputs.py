@@ -61,9 +61,12 @@ def held(self, stop):
     text = b"".join(whole(self, stop))
     middle = text.index(b'{"id": 25')
     yield text[: middle + 5]
-    while not Path(__file__).with_name("go-on").exists():
+    go_on = Path(__file__).with_name("go-on")
+    while not go_on.exists():
         stop.check()
         time.sleep(0.02)
+    if go_on.read_text() == "damaged":
+        raise self._refuse("cut off")
     yield text[middle + 5 :]
 
 
@@ -250,6 +253,52 @@ def test_a_signal_ends_a_run_whose_input_is_still_copied_and_it_goes_on(tmp_path
     code, output = ended(run.resume())
     assert code == 0, output
     run.check_complete(before)
+
+
+def alone(run: Run, hold: Path) -> Process:
+    """Start file mode over the run's files."""
+    command = [sys.executable, "-m", "dispatcher.taskmanager.cli", "--backend", "fake"]
+    command += ["--task", str(run.directory / "my_task.py:Ask"), "--input", str(run.source[0])]
+    env = {"PYTHONPATH": f"{hold}:{ROOT}"}
+    return Process(*command, "--output", run.outfile, cwd=run.directory, env=env)
+
+
+def test_file_mode_answers_lines_before_the_copy_is_whole(tmp_path: Path) -> None:
+    (hold := tmp_path / "hold").mkdir()
+    (hold / "sitecustomize.py").write_text(HOLD)
+    run = Run(tmp_path, *gzip_file(tmp_path))
+    process = alone(run, hold)
+    try:
+        wait_until(lambda: len(run.written) == 25, "all lines so far", deadline_s=90)
+        assert is_copied_in_part(run)
+        (hold / "go-on").touch()
+        assert process.wait(60) == 0, process.output
+    finally:
+        kill_tree(process)
+    assert [json.loads(line) for line in run.written] == rows()
+
+
+@pytest.mark.parametrize("mode", ["dispatcher run", "dispatcher-task-run"])
+def test_an_input_that_is_damaged_behind_its_first_lines_stops_the_run_in_a_sentence(
+    mode: str, tmp_path: Path
+) -> None:
+    (hold := tmp_path / "hold").mkdir()
+    (hold / "sitecustomize.py").write_text(HOLD)
+    run = Run(tmp_path, *gzip_file(tmp_path))
+    process = run.begin(latency_s=0.0) if mode == "dispatcher run" else alone(run, hold)
+    try:
+        wait_until(lambda: len(run.written) == 25, "all lines so far", deadline_s=90)
+        (hold / "go-on").write_text("damaged")
+        code, output = ended(process)
+    finally:
+        kill_tree(process)
+    assert code == (1 if mode == "dispatcher run" else 2), output
+    said = [line for line in output.splitlines() if line.startswith(f"{mode}: ")]
+    assert len(said) == 1, output
+    assert "in.jsonl.gz is cut off, after" in said[0]
+    assert "a new run with another output" in said[0]
+    assert "Traceback" not in output
+    assert len(run.written) == 25
 
 
 def is_copied_in_part(run: Run) -> bool:

@@ -122,7 +122,8 @@ def remove_intermediate(state_dir: Path, epoch: int, files: Files) -> None:
     What is left behind costs room but does no harm, so that a failure is no error.
     """
     names = [SPOOL_FILE, PARTIAL_SPOOL_FILE, SPOOL_ORIGIN_FILE, SPOOL_SUMS_FILE]
-    names += [name for name in files.names(state_dir) if name.startswith(f".{RUN_FILE}.")]
+    halves = tuple(f".{name}." for name in (RUN_FILE, SPOOL_ORIGIN_FILE, SPOOL_SUMS_FILE))
+    names += [name for name in files.names(state_dir) if name.startswith(halves)]
     with contextlib.suppress(OSError):
         for name in names:
             files.unlink(state_dir / name)

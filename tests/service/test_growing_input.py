@@ -29,8 +29,8 @@ from dispatcher.server.overview import full_status
 from dispatcher.service import DispatchService
 from dispatcher.storage.files import Files
 from dispatcher.storage.inputs import growing
-from dispatcher.storage.inputs.growing import GrowingSource
-from dispatcher.storage.ownership import OWNERS_DIR
+from dispatcher.storage.inputs.growing import GrowingCopy, GrowingSource
+from dispatcher.storage.ownership import OWNERS_DIR, Ownership
 from dispatcher.storage.run_state import load_run_file
 from tests.service.support import (
     answer,
@@ -41,7 +41,9 @@ from tests.service.support import (
     output,
     run,
     serving,
+    settle_loop,
     take,
+    until,
 )
 from tests.storage.broken_files import BROKEN, FULL, BrokenFiles
 from tests.support.held_input import HeldInput, hold
@@ -448,7 +450,7 @@ def test_a_damaged_input_stops_the_run_and_what_was_answered_stays(
             held.failure = UsageError(f"the input {settings.infile} is cut off")
             failure = await failed(service)
             assert isinstance(failure, UsageError)
-            assert str(failure).startswith(f"the input {settings.infile} is cut off; lines")
+            assert str(failure).startswith(f"the input {settings.infile} is cut off; its first")
             assert "a new run with another output" in str(failure)
             with pytest.raises(UsageError):
                 await service.submit([answer(items[1])])
@@ -470,7 +472,7 @@ def test_an_original_that_changes_while_it_is_copied_stops_the_run(
             held.let_all()
             failure = await failed(service)
             assert isinstance(failure, UsageError)
-            assert "was changed while it was copied; restore it; lines before" in str(failure)
+            assert "was changed while it was copied; restore it and start the same" in str(failure)
         assert not (settings.state_dir / "input.spool").exists()
         held.fingerprint = {"size": 1}
         async with serving(settings) as service:
@@ -509,6 +511,47 @@ def test_a_full_disk_makes_the_copy_wait_and_not_the_run(
     assert len(said) == 2
     assert "there is room again" in said[1]
     assert output(settings) == expected(range(6))
+
+
+def test_a_whole_copy_is_not_lost_for_a_disk_that_is_full_when_it_gets_its_name(
+    settings: RunSettings, held: HeldInput
+) -> None:
+    files = BrokenFiles()
+    files.only = "input.origin"
+
+    async def scenario() -> None:
+        async with serving(settings, files) as service:
+            files.fail_open = FULL
+            held.let_all()
+            await when(lambda: (service.status()["copying"] or {}).get("problem"))
+            files.heal()
+            await finish_everything_as_it_comes(service)
+            assert held.reads == 1
+
+    run(scenario())
+    assert output(settings) == expected(range(6))
+
+
+def test_a_claim_that_cannot_be_confirmed_for_a_moment_does_not_end_the_copy(
+    settings: RunSettings, held: HeldInput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            confirm, failures = service._ownership.confirm, iter([True, True])
+
+            def sometimes() -> None:
+                if next(failures, False):
+                    raise StorageError("not now")
+                confirm()
+
+            assert isinstance(service._source, GrowingSource)
+            copying = replace(service._source.copy._copying, confirm=sometimes)
+            monkeypatch.setattr(service._source.copy, "_copying", copying)
+            held.let_all()
+            await finish_everything_as_it_comes(service)
+            assert next(failures, None) is None
+
+    run(scenario())
 
 
 def test_a_run_whose_copy_waits_for_room_can_be_ended(
@@ -613,6 +656,38 @@ def test_a_drained_or_closed_service_waits_for_no_more_of_the_copy(
             await finish_everything_as_it_comes(service)
         assert output(settings) == expected(range(6))
 
+    run(scenario())
+
+
+def test_who_closes_a_service_waits_until_nothing_writes_the_copy(
+    settings: RunSettings, held: HeldInput
+) -> None:
+    files = BrokenFiles()
+    files.only = "input.partial"
+    ended_first: list[bool] = []
+
+    class Claim(Ownership):
+        def release(self) -> None:
+            ended_first.append(copy.has_ended.is_set())
+            super().release()
+
+    async def scenario() -> None:
+        nonlocal copy
+        service = DispatchService(settings, files=files, ownership=Claim(settings.state_dir, files))
+        await service.start()
+        assert isinstance(service._source, GrowingSource)
+        copy = service._source.copy
+        files.hold_sync.clear()
+        held.let(2)
+        await until(files.sync_waits)
+        closing = asyncio.ensure_future(service.close())
+        await settle_loop()
+        assert not closing.done()
+        files.hold_sync.set()
+        await closing
+        assert ended_first == [True]
+
+    copy: GrowingCopy
     run(scenario())
 
 

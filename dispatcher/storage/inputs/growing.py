@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +145,7 @@ class GrowingCopy:
         self._source = GrowingSource(self, self._partial, max_line_bytes)
         self._thread.start()
         self._can_be_read.wait()
-        if self._sums_fd is not None and self.failure is None:
+        if self._is_read and self.failure is None:
             return self._source
         self._source.close()
         if self.failure is not None:
@@ -170,6 +170,11 @@ class GrowingCopy:
             self._copying.stop.set()
         self._thread.join()
 
+    @property
+    def _is_read(self) -> bool:
+        """Whether lines of it may have been handed out."""
+        return self._sums_fd is not None
+
     # ---------------------------------------------------------------- its thread
 
     def _run(self) -> None:
@@ -179,7 +184,7 @@ class GrowingCopy:
                 self._finish()
             self.progress.say_end()
         except DispatcherError as error:
-            self.failure = error if self._sums_fd is None else _while_it_runs(error)
+            self.failure = error
         except Exception as error:  # noqa: BLE001 (raised where the copy is waited for)
             self.failure = DispatcherError(
                 f"the input {self._reader.name} cannot be copied: {type(error).__name__}: {error}"
@@ -193,7 +198,7 @@ class GrowingCopy:
     def _copy(self) -> None:
         readable_at = time.monotonic() + FIRST_AFTER_S
         blocks = self._reader.blocks(self._copying.stop)
-        while (block := next_block(self._reader, blocks)) is not None:
+        while (block := self._next(blocks)) is not None:
             while block:
                 block = block[self._add(block) :]
             self._copying.stop.check()
@@ -202,6 +207,17 @@ class GrowingCopy:
                 readable_at = time.monotonic() + EVERY_S
         if self._owed is not None:
             raise self._not_the_same()
+
+    def _next(self, blocks: Iterator[bytes]) -> bytes | None:
+        try:
+            return next_block(self._reader, blocks)
+        except UsageError as error:
+            if not self._is_read:
+                raise
+            raise UsageError(
+                f"{error}; its first lines were handed out before that was found: what is answered "
+                "stays in the output, and a mended input is for a new run with another output"
+            ) from error
 
     def _add(self, block: bytes) -> int:
         """Write what of a block comes before the place to be checked; return its length."""
@@ -237,20 +253,23 @@ class GrowingCopy:
     def _finish(self) -> None:
         files = self._copying.files
         if self.origin != origin_now(self._reader):
+            remedy = "start the same command again when nobody writes to it any more"
+            if self._is_read:
+                remedy = (
+                    "restore it and start the same command again, or give it as it is now to a "
+                    "new run with another output"
+                )
             raise UsageError(
-                f"the input {self._reader.name} was changed while it was copied; start the same "
-                "command again when nobody writes to it any more"
-                if self._sums_fd is None
-                else f"the input {self._reader.name} was changed while it was copied; restore it"
+                f"the input {self._reader.name} was changed while it was copied; {remedy}"
             )
         try:
             files.sync(self._fd)
-            self._copying.confirm()
+            self._confirm()
             fingerprint = fingerprint_of(self._fd, self.progress.bytes)
-            if self._sums_fd is not None:
+            if self._is_read:
                 self._note_sum(Sum(self.progress.bytes, self._hash.hexdigest(), fingerprint))
             self._check_in_place()
-            keep_copy(self._fd, self._state_dir, self.origin, files)
+            self._patiently(lambda: keep_copy(self._fd, self._state_dir, self.origin, files))
             self.fingerprint = fingerprint | self.origin
         except OSError as error:
             raise self._cannot_write(error) from error
@@ -277,7 +296,7 @@ class GrowingCopy:
             try:
                 write()
             except OSError as error:
-                if error.errno not in FULL or self._sums_fd is None:
+                if error.errno not in FULL or not self._is_read:
                     raise self._cannot_write(error) from error
                 if self.problem is None:
                     self.problem = (
@@ -293,6 +312,19 @@ class GrowingCopy:
         if self.problem is not None:
             self.problem = None
             log.warning("there is room again: the copy of the input goes on")
+
+    def _confirm(self) -> None:
+        """Make sure that the run is still ours, for as long as it takes once it is under way."""
+        while True:
+            try:
+                self._copying.confirm()
+            except StorageError:
+                if not self._is_read:
+                    raise
+                self._copying.stop.wait(_TRY_AGAIN_S)
+                self._copying.stop.check()
+            else:
+                return
 
     def _check_in_place(self) -> None:
         if not self._copying.files.leads_to(self._partial, self._fd):
@@ -314,7 +346,7 @@ class GrowingCopy:
 
     def _close(self) -> None:
         files = self._copying.files
-        if self._sums_fd is None and self.failure is not None:
+        if not self._is_read and self.failure is not None:
             # Nothing was read of it, so that it is of no use; another process's is not ours.
             with contextlib.suppress(OSError):
                 if files.leads_to(self._partial, self._fd):
@@ -372,14 +404,3 @@ def fingerprint_of_grown(state_dir: Path, files: Files) -> dict[str, Any]:
     """Return the fingerprint of a copy when it became whole; nothing where that is unknown."""
     known = [found.fingerprint for found in read_sums(state_dir, files) if found.fingerprint]
     return known[-1] if known else {}
-
-
-def _while_it_runs(error: DispatcherError) -> DispatcherError:
-    """Return the same error with what becomes of a run that handed out lines before it."""
-    if not isinstance(error, UsageError):
-        return error
-    return UsageError(
-        f"{error}; lines before that were handed out, so what is answered stays in the output, and "
-        "only the input as it was goes on with this run: give a mended one to a new run with "
-        "another output"
-    )
