@@ -279,8 +279,9 @@ def test_a_run_that_is_killed_while_the_copy_grows_goes_on_behind_what_it_handed
         held.let(1)  # not as far as the lines that were handed out
         service_2 = DispatchService(settings)
         starting = asyncio.ensure_future(service_2.start())
-        await when(lambda: held.reads == 2)
-        await asyncio.sleep(0.05)
+        partial = settings.state_dir / "input.partial"
+        await when(lambda: held.reads == 2 and partial.stat().st_size == len(PIECES[0]))
+        await settle_loop()
         assert not starting.done()
         held.let(2)
         await starting

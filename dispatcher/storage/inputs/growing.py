@@ -196,15 +196,17 @@ class GrowingCopy:
             self._tell()
 
     def _copy(self) -> None:
-        readable_at = time.monotonic() + FIRST_AFTER_S
+        due_at = time.monotonic() + FIRST_AFTER_S
         blocks = self._reader.blocks(self._copying.stop)
         while (block := self._next(blocks)) is not None:
             while block:
                 block = block[self._add(block) :]
             self._copying.stop.check()
-            if self._owed is None and time.monotonic() >= readable_at and self._line_end:
-                self._let_read()
-                readable_at = time.monotonic() + EVERY_S
+            if time.monotonic() >= due_at:
+                self._sync()  # also while nothing may be read yet, or one would take minutes
+                if self._owed is None and self._line_end:
+                    self._let_read()
+                due_at = time.monotonic() + EVERY_S
         if self._owed is not None:
             raise self._not_the_same()
 
@@ -235,13 +237,14 @@ class GrowingCopy:
             self._owed = None
         return len(block)
 
-    def _let_read(self) -> None:
-        """Let all whole lines so far be read, once they are on disk, and their sum."""
-        files = self._copying.files
+    def _sync(self) -> None:
         try:
-            files.sync(self._fd)
+            self._copying.files.sync(self._fd)
         except OSError as error:
             raise self._cannot_write(error) from error
+
+    def _let_read(self) -> None:
+        """Let all whole lines that are on disk be read, once their sum is."""
         self._check_in_place()
         self._note_sum(Sum(self.progress.bytes, self._hash.hexdigest()))
         assert self._source is not None
@@ -262,9 +265,9 @@ class GrowingCopy:
             raise UsageError(
                 f"the input {self._reader.name} was changed while it was copied; {remedy}"
             )
+        self._sync()
+        self._confirm()
         try:
-            files.sync(self._fd)
-            self._confirm()
             fingerprint = fingerprint_of(self._fd, self.progress.bytes)
             if self._is_read:
                 self._note_sum(Sum(self.progress.bytes, self._hash.hexdigest(), fingerprint))
