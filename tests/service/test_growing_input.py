@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dispatcher import service as service_module
 from dispatcher.config import RunSettings
 from dispatcher.core.work_queue import WorkQueue
 from dispatcher.errors import (
@@ -120,6 +122,23 @@ def test_lines_are_handed_out_as_the_copy_grows_and_the_end_is_the_true_one(
     assert run_file["fingerprint"]["size"] == len(b"".join(PIECES))
     assert run_file["fingerprint"]["original"] == held.fingerprint
     assert held.reads == 1
+
+
+def test_a_call_that_waits_is_answered_by_what_is_copied_and_not_by_the_clock(
+    settings: RunSettings, held: HeldInput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service_module, "_TICK_S", 3600.0)
+    settings = replace(settings, policy=replace(settings.policy, lease_term_s=1e6))
+
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            await take(service, 100)
+            waiting = asyncio.ensure_future(service.get_work("w", 100, 60.0))
+            await settle_loop()
+            held.let(2)
+            assert [item.work_id for item in (await waiting).items] == [2, 3]
+
+    run(scenario())
 
 
 def test_a_client_that_cannot_wait_asks_again_soon_while_the_copy_is_behind(
@@ -323,6 +342,25 @@ async def finish_everything_of(service: DispatchService) -> None:
         await service.submit([ResultItem(n, line(n)) for n in list(service.queue.items)])
         await service.get_work("w", 100, 0.05)
     await completed(service)
+
+
+def test_a_run_goes_on_with_a_copy_that_is_whole_at_once_this_time(
+    settings: RunSettings, held: HeldInput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with serving(settings) as service:
+            await take(service, 2)
+        monkeypatch.setattr(growing, "FIRST_AFTER_S", 60.0)
+        held.let_all()
+        for _ in range(2):
+            async with serving(settings) as service:
+                assert not isinstance(service._source, GrowingSource)
+                assert service._run_file["fingerprint"]["size"] == len(b"".join(PIECES))
+        async with serving(settings) as service:
+            await finish_everything_of(service)
+
+    run(scenario())
+    assert output(settings) == expected(range(6))
 
 
 def test_an_input_that_gives_other_lines_than_were_handed_out_is_refused(
@@ -713,6 +751,20 @@ def test_a_start_that_is_cancelled_while_it_reads_again_leaves_no_thread_behind(
 
     run(scenario())
     assert output(settings) == expected(range(6))
+
+
+def test_a_start_that_fails_while_the_copy_grows_leaves_no_thread_behind(
+    settings: RunSettings, held: HeldInput
+) -> None:
+    files = BrokenFiles()
+    files.only, files.fail_open = "run.yaml", FULL
+
+    async def scenario() -> None:
+        with pytest.raises(StorageError, match=r"run\.yaml"):
+            await DispatchService(settings, files=files).start()
+        assert "copy" not in {thread.name for thread in threading.enumerate()}
+
+    run(scenario())
 
 
 def test_the_state_directory_is_as_it_was_before_once_the_run_is_complete(
