@@ -58,6 +58,8 @@ def line_of(facts: RunFacts, models: dict[str, Any] | None = None) -> str:
         parts.append(facts.behind)
     if facts.paused:
         parts.append(facts.paused)
+    if facts.input_problem:
+        parts.append(facts.input_problem)
     if facts.output_error:
         parts.append(f"output paused: {facts.output_error}")
     return ", ".join(parts)
@@ -88,6 +90,7 @@ def rows_of(facts: RunFacts) -> list[tuple[str, str]]:
         ("errors", f"{facts.failed}: {facts.causes}" if facts.failed else "0"),
         ("reissues", again if facts.charged or facts.crashed else ""),
         ("waiting", facts.behind),
+        ("input", facts.input_problem),
         ("output", f"paused: {facts.output_error}" if facts.output_error else ""),
     ]
     return [(name, text) for name, text in rows if text]

@@ -46,7 +46,8 @@ class RunFacts:
     """How a run stands. `left_s` is None where nothing says it; its pace is over `basis_s`.
 
     `waiting_for` is the line behind which `waiting` results wait. `errors` are counts by cause.
-    `paused` says why nothing is handed out, or is empty.
+    `paused` says why nothing is handed out, `input_problem` why no more of the input is copied, or
+    they are empty.
     """
 
     state: str
@@ -69,6 +70,7 @@ class RunFacts:
     basis_s: float = 0.0
     output_error: str | None = None
     paused: str = ""
+    input_problem: str = ""
     has_begun: bool = True
 
     @property
@@ -121,6 +123,7 @@ def facts_of(status: Mapping[str, Any], rates: Rates) -> RunFacts:
         basis_s=basis_s,
         output_error=status["output_error"],
         paused=(status.get("paused") or {}).get("message", ""),
+        input_problem=(status.get("copying") or {}).get("problem") or "",
         has_begun=bool(status["next_work_id"] or status["done"]),
     )
 

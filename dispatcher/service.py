@@ -64,6 +64,7 @@ from dispatcher.models import (
 )
 from dispatcher.spool_intake import SpoolIntake
 from dispatcher.storage.files import Files
+from dispatcher.storage.inputs.growing import GrowingSource
 from dispatcher.storage.inputs.reader import CopyStop
 from dispatcher.storage.journal import last_epoch
 from dispatcher.storage.opening import OpenRun, open_run, utc_now
@@ -84,6 +85,7 @@ _SCAN_BYTES = 4 << 20
 _TICK_S = 1.0
 _FULL_PAUSE_S = 1.0
 _POLL_AGAIN_S = 0.2
+_COPY_RETRY_S = 1.0
 _DRAINING_RETRY_S = 2.0
 _CONFIRM_AGAIN_S = 1.0
 _LONGEST_GAP_S = 5.0
@@ -188,7 +190,7 @@ class DispatchService:
         """Make the run ours, read what is on disk, and go on from there.
 
         When another process had the run and may still live, this takes up to half a minute; when
-        the input has to be copied, as long as that takes. May be cancelled.
+        the input has to be copied whole, as long as that takes. May be cancelled.
         Raises UsageError, StateError or StorageError with what to do about it.
         """
         try:
@@ -211,6 +213,8 @@ class DispatchService:
             asyncio.create_task(self._guard(self._tick_forever())),
             asyncio.create_task(self._guard(self._intake.take_forever(self.run_id))),
         ]
+        if isinstance(self._source, GrowingSource):
+            self._tasks.append(asyncio.create_task(self._guard(self._follow_copy(self._source))))
         self._work_queued.set()
         await self._intake.until_seen(self.stopped)
 
@@ -224,6 +228,7 @@ class DispatchService:
     async def drain(self) -> None:
         """Hand out nothing more; results and releases are still taken."""
         self._draining = True
+        self._copy_stop.set()
         self._notify()
 
     async def close(self) -> None:
@@ -231,6 +236,8 @@ class DispatchService:
         if self._closed:
             return
         self._closed = self._draining = True
+        if isinstance(self._source, GrowingSource):
+            await asyncio.to_thread(self._source.copy.end)  # or it would write what is another's
         if self._writer is not None and self.failure is None and not self.finished.is_set():
             self._checkpoint_at = float("-inf")
             with contextlib.suppress(DispatcherError):
@@ -311,6 +318,8 @@ class DispatchService:
             self.workers_told.add(worker)
             return BatchWorkResponse(WorkStatus.ALL_WORK_COMPLETE)
         retry_s = _POLL_AGAIN_S if wait_s else self.settings.retry_s
+        if self.queue.may_open():  # there is more, as soon as it is copied
+            retry_s = min(retry_s, _COPY_RETRY_S)
         if self._draining:  # by then this server is away, and another one perhaps back
             retry_s = min(self.settings.retry_s, _DRAINING_RETRY_S)
         return BatchWorkResponse(WorkStatus.RETRY, retry_in=retry_s)
@@ -534,6 +543,7 @@ class DispatchService:
             "paused": None if self.finished.is_set() else _facts_of(queue.pause),
             "failure_warning": _facts_of(self.failure_trend.jump),
             "output_error": self._writer.output_error if self._writer else None,
+            "copying": self._copying(),
         }
 
     @property
@@ -550,9 +560,18 @@ class DispatchService:
             return "draining"
         return "paused" if self.queue.pause is not None else "running"
 
+    def _copying(self) -> dict[str, Any] | None:
+        source = self._source
+        if not isinstance(source, GrowingSource) or source.is_whole:
+            return None
+        progress = source.copy.progress
+        return {"bytes": progress.bytes, "share": progress.share, "problem": source.copy.problem}
+
     def _total(self) -> int:
         """Estimate the number of lines from the bytes read so far; exact once all were read."""
         queue = self.queue
+        if isinstance(self._source, GrowingSource) and not queue.input_ended:
+            return max(queue.next_work_id, self._source.expected_lines())
         if queue.input_ended or self._source is None or not queue.next_offset:
             return queue.next_work_id
         return round(queue.next_work_id * self._source.size_bytes / queue.next_offset)
@@ -570,6 +589,8 @@ class DispatchService:
             len(grants) < count and not _is_solo(grants) and size < REPLY_BYTES and queue.may_open()
         ):
             if not self._lines:
+                if not self._has_unread():
+                    break  # the copy of the input is behind
                 await self._fill_lines()
                 if queue is not self.queue:
                     raise StorageFullError(_NOT_KEPT)
@@ -579,7 +600,7 @@ class DispatchService:
             fresh = queue.lease_ready(worker, left, now, REPLY_BYTES - size, solo=not grants)
             size += _bytes_of(fresh, queue)
             grants += fresh
-        if not grants:
+        if not grants and not queue.may_open():
             grants = queue.lease_backup(worker, count, now, REPLY_BYTES)
         again = [grant for grant in grants if grant.work_id not in texts]
         if again:
@@ -652,10 +673,37 @@ class DispatchService:
         assert self._source is not None
         return [self._source.fetch(offset) for offset in offsets]
 
+    def _has_unread(self) -> bool:
+        assert self._source is not None
+        return self.queue.next_offset < self._source.available_bytes
+
     def _note_input_end(self) -> None:
         assert self._source is not None
-        if self.queue.next_offset >= self._source.size_bytes:
+        if self._source.is_whole and not self._has_unread():
             self.queue.end_of_input()
+
+    async def _follow_copy(self, source: GrowingSource) -> None:
+        """Let waiting calls look again when the copy grew; take note when it is whole."""
+        loop, copy, news = asyncio.get_running_loop(), source.copy, asyncio.Event()
+        copy.listen(lambda: loop.call_soon_threadsafe(news.set))
+        while not copy.has_ended.is_set():
+            await news.wait()
+            news.clear()
+            self._notify()
+        if copy.failure is not None:
+            if not isinstance(copy.failure, StartStoppedError):
+                raise copy.failure
+            return  # this process is about to end
+        self._run_file["fingerprint"] = copy.fingerprint
+        with contextlib.suppress(StorageError):  # a full disk: it is written again at the end
+            await self._in_claim_thread(self._ownership.confirm)
+            await self._in_writer(
+                save_run_file, self.settings.state_dir, self._run_file, self._files
+            )
+        source.become_whole()
+        self._note_input_end()
+        self._work_queued.set()  # every line may have its result
+        self._notify()
 
     # ---------------------------------------------------------------- taking back
 

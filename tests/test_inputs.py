@@ -38,7 +38,42 @@ class Ask(GeneratorTask):
 """
 RUN = (sys.executable, "-m", "dispatcher.cli", "run")
 SERVER = (sys.executable, "-m", "dispatcher.server")
-INTERMEDIATE = ("journal", "input.spool", "input.partial", "input.origin", "owners", "spool")
+INTERMEDIATE = (
+    "journal",
+    "input.spool",
+    "input.partial",
+    "input.origin",
+    "input.sums",
+    "owners",
+    "spool",
+)
+HOLD = """
+# Python runs this at its start: the readers of compressed files wait in the middle.
+import time
+from pathlib import Path
+
+from dispatcher.storage.inputs import growing
+from dispatcher.storage.inputs.compressed import CompressedReader
+
+growing.FIRST_AFTER_S = growing.EVERY_S = 0.0
+whole = CompressedReader.blocks
+
+
+def held(self, stop):
+    text = b"".join(whole(self, stop))
+    middle = text.index(b'{"id": 25')
+    yield text[: middle + 5]
+    go_on = Path(__file__).with_name("go-on")
+    while not go_on.exists():
+        stop.check()
+        time.sleep(0.02)
+    if go_on.read_text() == "damaged":
+        raise self._refuse("cut off")
+    yield text[middle + 5 :]
+
+
+CompressedReader.blocks = held
+"""
 
 
 def rows() -> list[dict[str, object]]:
@@ -74,7 +109,7 @@ class Run:
         # Standard input is what the shell finds in `pipe`, if there is one.
         script = 'if [ -p pipe ]; then exec "$@" < pipe; else exec "$@"; fi'
         env = {
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{self.directory / 'hold'}:{ROOT}",
             "HF_HUB_OFFLINE": "1",
             "HF_HOME": str(self.directory / "hf"),
         }
@@ -173,6 +208,103 @@ def test_a_run_is_killed_resumed_and_complete(
     run_file = load_run_file(run.state_dir, Files())
     assert run_file is not None
     assert run_file["fingerprint"]["kind"] == run_file["input_kind"] != "lines"
+
+
+@pytest.mark.parametrize("make", [gzip_file, zstd_file], ids=lambda make: make.__name__)
+def test_lines_are_answered_before_the_copy_is_whole_and_after_a_kill_too(
+    make: Callable[[Path], list[str]], tmp_path: Path
+) -> None:
+    (hold := tmp_path / "hold").mkdir()
+    (hold / "sitecustomize.py").write_text(HOLD)
+    run = Run(tmp_path, *make(tmp_path))
+    before = run.killed_in_the_middle()
+    assert is_copied_in_part(run)
+    assert len(before) < 25
+
+    process = run.resume()
+    try:
+        wait_until(lambda: len(run.written) == 25, "all lines so far", deadline_s=90)
+        assert is_copied_in_part(run)
+        (hold / "go-on").touch()
+        code, output = ended(process)
+    finally:
+        kill_tree(process)
+
+    assert code == 0, output
+    run.check_complete(before)
+    run_file = load_run_file(run.state_dir, Files())
+    assert run_file is not None
+    assert run_file["fingerprint"]["size"] == len(lines())
+
+
+def test_a_signal_ends_a_run_whose_input_is_still_copied_and_it_goes_on(tmp_path: Path) -> None:
+    (hold := tmp_path / "hold").mkdir()
+    (hold / "sitecustomize.py").write_text(HOLD)
+    run = Run(tmp_path, *gzip_file(tmp_path))
+    process = run.begin(latency_s=0.05)
+    try:
+        wait_until(lambda: len(run.written) == 25, "all lines so far", deadline_s=90)
+        process.signal(signal.SIGINT)
+        assert process.wait(30) == 3, process.output
+    finally:
+        kill_tree(process)
+    before = run.written
+    assert "Traceback" not in process.output
+
+    (hold / "go-on").touch()
+    code, output = ended(run.resume())
+    assert code == 0, output
+    run.check_complete(before)
+
+
+def alone(run: Run, hold: Path) -> Process:
+    """Start file mode over the run's files."""
+    command = [sys.executable, "-m", "dispatcher.taskmanager.cli", "--backend", "fake"]
+    command += ["--task", str(run.directory / "my_task.py:Ask"), "--input", str(run.source[0])]
+    env = {"PYTHONPATH": f"{hold}:{ROOT}"}
+    return Process(*command, "--output", run.outfile, cwd=run.directory, env=env)
+
+
+def test_file_mode_answers_lines_before_the_copy_is_whole(tmp_path: Path) -> None:
+    (hold := tmp_path / "hold").mkdir()
+    (hold / "sitecustomize.py").write_text(HOLD)
+    run = Run(tmp_path, *gzip_file(tmp_path))
+    process = alone(run, hold)
+    try:
+        wait_until(lambda: len(run.written) == 25, "all lines so far", deadline_s=90)
+        assert is_copied_in_part(run)
+        (hold / "go-on").touch()
+        assert process.wait(60) == 0, process.output
+    finally:
+        kill_tree(process)
+    assert [json.loads(line) for line in run.written] == rows()
+
+
+@pytest.mark.parametrize("mode", ["dispatcher run", "dispatcher-task-run"])
+def test_an_input_that_is_damaged_behind_its_first_lines_stops_the_run_in_a_sentence(
+    mode: str, tmp_path: Path
+) -> None:
+    (hold := tmp_path / "hold").mkdir()
+    (hold / "sitecustomize.py").write_text(HOLD)
+    run = Run(tmp_path, *gzip_file(tmp_path))
+    process = run.begin(latency_s=0.0) if mode == "dispatcher run" else alone(run, hold)
+    try:
+        wait_until(lambda: len(run.written) == 25, "all lines so far", deadline_s=90)
+        (hold / "go-on").write_text("damaged")
+        code, output = ended(process)
+    finally:
+        kill_tree(process)
+    assert code == (1 if mode == "dispatcher run" else 2), output
+    said = [line for line in output.splitlines() if line.startswith(f"{mode}: ")]
+    assert len(said) == 1, output
+    assert "in.jsonl.gz is cut off, after" in said[0]
+    assert "a new run with another output" in said[0]
+    assert "Traceback" not in output
+    assert len(run.written) == 25
+
+
+def is_copied_in_part(run: Run) -> bool:
+    return partial_size(run) > 0 and not (run.state_dir / "input.spool").exists()
 
 
 def test_a_complete_run_is_left_as_it_is_and_copies_nothing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from dispatcher.progress import (
     line_of,
     make_display,
     model_lines,
+    rows_of,
 )
 from dispatcher.run_facts import Rates, causes_text, clock, facts_of, facts_of_summary
 
@@ -41,6 +42,13 @@ def rates_of(*samples: tuple[float, int, int]) -> Rates:
     for sample in samples:
         rates.add(*sample)
     return rates
+
+
+def test_a_copy_of_the_input_that_waits_for_room_is_in_the_line_and_in_the_live_view() -> None:
+    waits = {"copying": {"bytes": 1, "share": 0.5, "problem": "the copy waits: no room"}}
+    assert "the copy waits: no room" in facts(status(5, **waits), Rates())
+    assert ("input", "the copy waits: no room") in rows_of(facts_of(status(5, **waits), Rates()))
+    assert "copy" not in facts(status(5, copying=None), Rates())
 
 
 # --- a pause ------------------------------------------------------------------------------------

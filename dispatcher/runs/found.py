@@ -14,7 +14,13 @@ from dispatcher.config import default_state_dir
 from dispatcher.errors import DispatcherError, StateError, UsageError
 from dispatcher.storage.files import Files
 from dispatcher.storage.journal import JOURNAL_DIR
-from dispatcher.storage.run_state import RUN_FILE, SPOOL_FILE, STARTING, load_run_file
+from dispatcher.storage.run_state import (
+    RUN_FILE,
+    SPOOL_FILE,
+    STARTING,
+    copy_of_input,
+    load_run_file,
+)
 
 _STATE_SUFFIX = default_state_dir(Path("output")).suffix
 _ESCAPED = re.compile(rb"\\x([0-9a-f]{2})")
@@ -50,8 +56,8 @@ class FoundRun:
 
     @property
     def input(self) -> Path:
-        """The file that holds the input: the copy of one that could not be seeked."""
-        return self.state_dir / SPOOL_FILE if self.has_copy else self.given_input
+        """The file that holds the input, or its beginning: a copy where it is no plain file."""
+        return copy_of_input(self.state_dir) or self.given_input
 
     @property
     def given_input(self) -> Path:
@@ -60,13 +66,19 @@ class FoundRun:
 
     @property
     def has_copy(self) -> bool:
-        """Whether the copy of an input that could not be read by offset is still there."""
+        """Whether the whole copy of an input that could not be read by offset is still there."""
         return (self.state_dir / SPOOL_FILE).exists()
 
     @property
-    def input_bytes(self) -> int:
-        """The size of the input."""
-        return number(section(self.content, "fingerprint").get("size"))
+    def is_copied_in_part(self) -> bool:
+        """Whether a run began with a copy that was not whole, and is not now."""
+        return self.input_bytes is None and not self.has_copy and self.input != self.given_input
+
+    @property
+    def input_bytes(self) -> int | None:
+        """The size of the input; None while nothing tells it, as its copy is not whole."""
+        size = section(self.content, "fingerprint").get("size")
+        return size if isinstance(size, int) else None
 
     @property
     def output_sizes(self) -> list[int]:

@@ -403,6 +403,11 @@ def _check_exists(run: FoundRun, work_id: int, followed: Follower | None) -> Non
             if reader.begin():
                 return
             total = followed.next_work_id + reader.lines + reader.ends_open
+        if run.is_copied_in_part:
+            raise UsageError(
+                f"--item {work_id}: of the input of the run in {run.state_dir} {total} lines were "
+                "copied so far; ask again later"
+            )
     raise UsageError(
         f"--item {work_id}: the input of the run in {run.state_dir} has {total} lines"
         + (f", numbered 0 to {total - 1}" if total else "")

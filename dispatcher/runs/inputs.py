@@ -30,22 +30,23 @@ def input_lines(run: FoundRun, directory: Path, files: Files) -> Iterator[Path]:
         _check(run.input, run, "its content changed; restore it")
         yield run.input
         return
+    given = run.given_input
     if "original" not in fingerprint:
         raise StateError(
-            f"the input {run.input} of the run in {run.state_dir} is not a file (any more), so its "
+            f"the input {given} of the run in {run.state_dir} is not a file (any more), so its "
             "lines cannot be written; restore it (what came through a pipe is kept only until the "
             "run is complete)"
         )
-    if not is_there(run.input):
+    if not is_there(given):
         raise StateError(
-            f"the input {run.input} of the run in {run.state_dir} is not there any more, so its "
+            f"the input {given} of the run in {run.state_dir} is not there any more, so its "
             "lines cannot be written; restore it"
         )
-    reader = reader_of(run.input, _options_of(run))
+    reader = reader_of(given, _options_of(run))
     origin = None if reader is None else origin_now(reader, fingerprint)
     if reader is None or origin is None or origin != _origin_part(fingerprint):
         raise StateError(
-            f"the input {run.input} is not the one that the run in {run.state_dir} began with: "
+            f"the input {given} is not the one that the run in {run.state_dir} began with: "
             "its kind or content changed; restore it"
         )
     try:
@@ -71,6 +72,8 @@ def _check(path: Path, run: FoundRun, why: str) -> None:
         for key, value in section(run.content, "fingerprint").items()
         if key not in ("kind", "original")
     }
+    if not before:
+        return  # it was copied while the run began, and only its original is known
     source = LineSource(path, 1)
     try:
         same = source.fingerprint() == before
@@ -78,8 +81,8 @@ def _check(path: Path, run: FoundRun, why: str) -> None:
         source.close()
     if not same:
         raise StateError(
-            f"the input {run.input} is not the one that the run in {run.state_dir} began with: "
-            f"{why}"
+            f"the input {run.given_input} is not the one that the run in {run.state_dir} began "
+            f"with: {why}"
         )
 
 

@@ -159,9 +159,14 @@ def known_errors(counters: dict[str, Any]) -> dict[str, int]:
     return {kind: count for kind, count in most.items() if count > 0}
 
 
-def _estimate_total(end: JournalEnd, input_bytes: int) -> tuple[int, bool]:
-    """Estimate the number of lines from the bytes read so far; exact once all were read."""
+def _estimate_total(end: JournalEnd, input_bytes: int | None) -> tuple[int, bool]:
+    """Estimate the number of lines from the bytes read so far; exact once all were read.
+
+    0, and not exact, where nothing tells the size of the input.
+    """
     queue = end.queue
+    if input_bytes is None:
+        return 0, False
     if queue.next_offset >= input_bytes or not queue.next_offset:
         return queue.next_work_id, queue.next_offset >= input_bytes
     return round(queue.next_work_id * input_bytes / queue.next_offset), False

@@ -322,7 +322,7 @@ async def serve(settings: RunSettings, network: Network, ownership: Ownership) -
 
 
 async def _start(service: DispatchService, stop: asyncio.Event) -> None:
-    """Start the service, unless a signal comes first: copying the input may take hours.
+    """Start the service, unless a signal comes first: copying a pipe may take hours.
 
     Raises what DispatchService.start does, and StartStoppedError.
     """

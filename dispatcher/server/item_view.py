@@ -24,7 +24,7 @@ from dispatcher.core.workers import Lease
 from dispatcher.errors import BadRequestError, TooFarError
 from dispatcher.service import DispatchService
 from dispatcher.storage.history import HISTORY_FILE
-from dispatcher.storage.run_state import SPOOL_FILE
+from dispatcher.storage.run_state import copy_of_input
 
 SHOWN_BYTES = 4096
 """Of a line, a result and the like at most so much is shown."""
@@ -103,7 +103,7 @@ class _Places:
         settings = service.settings
         self._line = line
         self._input = settings.infile
-        self._spool = settings.state_dir / SPOOL_FILE
+        self._state_dir = settings.state_dir
         self._output = settings.outfile
         self._history = settings.state_dir / HISTORY_FILE
         observed = service.observed
@@ -114,7 +114,7 @@ class _Places:
 
     def input_line(self) -> Piece | None:
         """Return the line of the input, or of the copy of one that could not be seeked."""
-        path = self._spool if self._spool.exists() else self._input
+        path = copy_of_input(self._state_dir) or self._input
         return read_line(path, self._input_mark, self._line)
 
     def output_line(self) -> Piece | None:

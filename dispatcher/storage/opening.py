@@ -18,10 +18,12 @@ from dispatcher.errors import StateError
 from dispatcher.input_options import is_standard_input
 from dispatcher.storage.files import Files
 from dispatcher.storage.inputs.copying import Copying, origin_now
+from dispatcher.storage.inputs.growing import Begun, fingerprint_of_grown
 from dispatcher.storage.inputs.opening import input_kind, is_there, open_source, reader_of
 from dispatcher.storage.inputs.reader import CopyStop
 from dispatcher.storage.journal import JOURNAL_DIR
 from dispatcher.storage.records import RunHeader
+from dispatcher.storage.recovery import Recovered
 from dispatcher.storage.run_state import STARTING, load_run_file, save_run_file
 from dispatcher.storage.same_run import check_command, check_input, check_output, going_on, shown
 from dispatcher.storage.source import LineSource
@@ -62,7 +64,7 @@ def open_run(
 ) -> OpenRun:
     """Open the run that the settings describe; it is `owner`'s, with this epoch.
 
-    An input that has to be copied is; `stop` ends that.
+    An input that has to be copied is, or its source is one that grows; `stop` ends that.
 
     Raises UsageError, StateError or StorageError with what was found and what to do about it.
     """
@@ -88,42 +90,64 @@ def open_run(
         settings.input_options,
         Copying(stop or CopyStop(), owner.confirm, files),
         is_begun=recovered is not None,
+        begun=_begun(settings, recovered),
     )
-    fingerprint = source.fingerprint()
-    accepted: list[str] = []
-    if recovered is not None:
-        header = recovered.header
-        check_input(settings, header.fingerprint, fingerprint)
-        positions = recovered.retention.newest_first()
-        written = positions[0].size_bytes if positions else 0
-        check_output(settings, header.settings.get("output"), written)
-        accepted = check_command(run_file.get("command"), settings.command, settings.accept_changes)
-        queue = recovered.queue
-        run_id = header.run_id
-    else:
-        queue = WorkQueue(settings.policy)
-        run_id = secrets.token_hex(8)
-    described = describe(settings)
-    header = RunHeader(run_id, epoch, fingerprint, described)
-    writer.begin(header, queue.checkpoint(), recovered)
-    queue.note_written(writer.output.written)
-    run_file = {
-        "run": run_id,
-        "state": "running",
-        "version": __version__,
-        "started_at": run_file.get("started_at", utc_now()),
-        "input_kind": input_kind(settings.infile, fingerprint),
-        "fingerprint": fingerprint,
-        "settings": described,
-        "command": going_on(run_file.get("command"), settings.command),
-        "accepted_changes": [
-            *run_file.get("accepted_changes", []),
-            *({"at": utc_now(), "change": change} for change in accepted),
-        ],
-    }
-    owner.confirm()
-    save_run_file(settings.state_dir, {key: part for key, part in run_file.items() if part}, files)
-    return OpenRun(run_id, epoch, queue, source, writer, run_file)
+    try:
+        fingerprint = source.fingerprint()
+        accepted: list[str] = []
+        if recovered is not None:
+            header = recovered.header
+            before = header.fingerprint
+            if source.is_whole and "size" not in before:
+                before = before | fingerprint_of_grown(settings.state_dir, files)
+            check_input(settings, before, fingerprint)
+            positions = recovered.retention.newest_first()
+            written = positions[0].size_bytes if positions else 0
+            check_output(settings, header.settings.get("output"), written)
+            accepted = check_command(
+                run_file.get("command"), settings.command, settings.accept_changes
+            )
+            queue = recovered.queue
+            run_id = header.run_id
+        else:
+            queue = WorkQueue(settings.policy)
+            run_id = secrets.token_hex(8)
+        described = describe(settings)
+        header = RunHeader(run_id, epoch, fingerprint, described)
+        writer.begin(header, queue.checkpoint(), recovered)
+        queue.note_written(writer.output.written)
+        run_file = {
+            "run": run_id,
+            "state": "running",
+            "version": __version__,
+            "started_at": run_file.get("started_at", utc_now()),
+            "input_kind": input_kind(settings.infile, fingerprint),
+            "fingerprint": fingerprint,
+            "settings": described,
+            "command": going_on(run_file.get("command"), settings.command),
+            "accepted_changes": [
+                *run_file.get("accepted_changes", []),
+                *({"at": utc_now(), "change": change} for change in accepted),
+            ],
+        }
+        owner.confirm()
+        save_run_file(
+            settings.state_dir, {key: part for key, part in run_file.items() if part}, files
+        )
+        return OpenRun(run_id, epoch, queue, source, writer, run_file)
+    except BaseException:
+        source.close()  # or the copy would go on
+        raise
+
+
+def _begun(settings: RunSettings, recovered: Recovered | None) -> Begun | None:
+    """Return from where the copy of an input may grow; None when it has to be whole."""
+    if recovered is None:
+        return Begun()
+    before = recovered.header.fingerprint
+    if "size" in before:  # it was whole when the run began, and is compared as a whole
+        return None
+    return Begun(recovered.queue.next_offset, lambda now: check_input(settings, before, now))
 
 
 def describe(settings: RunSettings) -> dict[str, Any]:

@@ -23,7 +23,9 @@ STARTING = "starting"
 SPOOL_FILE = "input.spool"
 PARTIAL_SPOOL_FILE = "input.partial"
 SPOOL_ORIGIN_FILE = "input.origin"
-"""The copy of an input that cannot be read by offset, while it is made, and what it was made of."""
+SPOOL_SUMS_FILE = "input.sums"
+"""The copy of an input that cannot be read by offset, while it is made, what it was made of, and
+what was read of it before it was whole."""
 
 _LOCK_FILE = "lock"
 
@@ -45,6 +47,15 @@ def make_state_dir(path: Path, files: Files) -> None:
             f"cannot create the state directory {path}: {error.strerror}; give --state a path "
             "you may write to"
         ) from error
+
+
+def copy_of_input(state_dir: Path) -> Path | None:
+    """Return the copy of the input that there is, whole or not; None when there is none."""
+    # It may be whole, and have its other name, between two looks.
+    for name in (SPOOL_FILE, PARTIAL_SPOOL_FILE, SPOOL_FILE):
+        if (path := state_dir / name).exists():
+            return path
+    return None
 
 
 def load_run_file(state_dir: Path, files: Files) -> dict[str, Any] | None:
@@ -110,8 +121,9 @@ def remove_intermediate(state_dir: Path, epoch: int, files: Files) -> None:
 
     What is left behind costs room but does no harm, so that a failure is no error.
     """
-    names = [SPOOL_FILE, PARTIAL_SPOOL_FILE, SPOOL_ORIGIN_FILE]
-    names += [name for name in files.names(state_dir) if name.startswith(f".{RUN_FILE}.")]
+    names = [SPOOL_FILE, PARTIAL_SPOOL_FILE, SPOOL_ORIGIN_FILE, SPOOL_SUMS_FILE]
+    halves = tuple(f".{name}." for name in (RUN_FILE, SPOOL_ORIGIN_FILE, SPOOL_SUMS_FILE))
+    names += [name for name in files.names(state_dir) if name.startswith(halves)]
     with contextlib.suppress(OSError):
         for name in names:
             files.unlink(state_dir / name)

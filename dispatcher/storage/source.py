@@ -38,8 +38,11 @@ class InputLine(msgspec.Struct, frozen=True, gc=False):
 class LineSource:
     """A regular file of lines. Not thread-safe.
 
-    `origin` says of a copy what it was made of; it is part of the fingerprint.
+    `origin` says of a copy what it was made of; it is part of the fingerprint. What is not
+    `is_whole` yet can be read up to `available_bytes`, where a line ends, and grows.
     """
+
+    is_whole = True
 
     def __init__(
         self, path: Path, max_line_bytes: int, origin: dict[str, Any] | None = None
@@ -53,16 +56,22 @@ class LineSource:
             raise UsageError(f"cannot read the input {path}: {error.strerror}") from error
         if stat.S_ISDIR(os.fstat(self._file.fileno()).st_mode):
             raise UsageError(f"the input {path} is a directory; name a file of lines")
-        self.size_bytes = os.fstat(self._file.fileno()).st_size
+        self.available_bytes = os.fstat(self._file.fileno()).st_size
+
+    @property
+    def size_bytes(self) -> int:
+        """Where the input ends, which only a whole one tells."""
+        assert self.is_whole
+        return self.available_bytes
 
     def scan(self, offset: int, max_lines: int, max_bytes: int) -> list[InputLine]:
-        """Return the next lines from `offset`: at least one unless the input ends there."""
+        """Return the next lines from `offset`: at least one unless there are no more."""
         lines = self._scan_plain(offset, max_lines, max_bytes) if offset else []
         if lines:
             return lines
         self._file.seek(offset)
         end = offset + max_bytes
-        while len(lines) < max_lines and offset < min(end, self.size_bytes):
+        while len(lines) < max_lines and offset < min(end, self.available_bytes):
             line = self._read_line(offset, self.max_line_bytes)
             lines.append(line)
             offset = line.next_offset
@@ -70,7 +79,7 @@ class LineSource:
 
     def _scan_plain(self, offset: int, max_lines: int, max_bytes: int) -> list[InputLine]:
         """Return the next lines up to the first that needs a closer look: most files have none."""
-        left = self.size_bytes - offset
+        left = self.available_bytes - offset
         data = os.pread(self._file.fileno(), min(_PLAIN_BYTES, max_bytes, left), offset)
         lines: list[InputLine] = []
         for raw in data.split(b"\n", max_lines)[:-1]:
@@ -88,7 +97,7 @@ class LineSource:
     def fetch(self, offset: int) -> InputLine:
         """Return the line that begins at `offset`, whole: it was within the limit once."""
         self._file.seek(offset)
-        return self._read_line(offset, self.size_bytes)
+        return self._read_line(offset, self.available_bytes)
 
     def fingerprint(self) -> dict[str, Any]:
         """Return size and hashes by which a changed input is told; reads at most 1.2 MiB."""
@@ -99,7 +108,7 @@ class LineSource:
         self._file.close()
 
     def _read_line(self, offset: int, max_bytes: int) -> InputLine:
-        left = self.size_bytes - offset
+        left = self.available_bytes - offset
         limit = max_bytes + 1
         raw = self._read_part(offset, min(limit, left))
         next_offset = offset + len(raw)
@@ -129,8 +138,8 @@ class LineSource:
         return part
 
     def _skip_line(self, offset: int) -> int:
-        while offset < self.size_bytes:
-            part = self._read_part(offset, min(_CHUNK_BYTES, self.size_bytes - offset))
+        while offset < self.available_bytes:
+            part = self._read_part(offset, min(_CHUNK_BYTES, self.available_bytes - offset))
             offset += len(part)
             if part.endswith(b"\n"):
                 break

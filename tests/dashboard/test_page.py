@@ -19,7 +19,7 @@ from tests.dashboard.browser import PHONE, Tab, chromium
 from tests.support.processes import Server, dispatcher_server, running
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, Page, Route
 
 pytestmark = pytest.mark.chromium
 
@@ -331,6 +331,21 @@ def test_a_run_that_too_many_failed_lines_paused_goes_on_when_they_are_accepted(
         page.get_by_label("Admin token").fill(admin_token)
         page.get_by_role("button", name="Accept them and go on").click()
         tab.wait_for(has_text("#state", "Running"))
+
+
+def test_a_copy_of_the_input_that_waits_for_room_is_noticed(server: Server, tab: Tab) -> None:
+    page = tab.open(server.url, server.token)
+
+    def as_on_a_full_disk(route: Route) -> None:
+        reply = route.fetch()
+        told = reply.json()
+        waits = {"bytes": 1, "share": 0.5, "problem": "the copy waits: make room"}
+        told["status"] = {**told["status"], "copying": waits}
+        route.fulfill(response=reply, json=told)
+
+    page.route("**/overview*", as_on_a_full_disk)
+    tab.wait_for(has_text("#notices", "the copy waits: make room"))
+    page.unroute_all(behavior="wait")
 
 
 def test_an_operator_pauses_the_run_and_lets_it_go_on(server: Server, tab: Tab) -> None:

@@ -34,6 +34,7 @@ PAUSING = "core/pausing.py"
 LEASED = "taskmanager/tasksource/leased.py"
 MANAGER = "taskmanager/manager.py"
 SERVICE = "service.py"
+GROWING = "storage/inputs/growing.py"
 JOURNAL = "storage/journal.py"
 OUTPUT = "storage/output.py"
 OWNERSHIP = "storage/ownership.py"
@@ -52,6 +53,7 @@ IN_SOURCE = "tests/taskmanager/test_leased.py::"
 IN_MANAGER = "tests/taskmanager/test_manager.py::"
 TAKING = "tests/service/test_taking_and_giving.py::"
 GOING_ON = "tests/service/test_going_on.py::"
+GROWS = "tests/service/test_growing_input.py::"
 
 
 @dataclass(frozen=True)
@@ -428,6 +430,58 @@ MUTANTS = [
         IN_STORAGE
         + "test_ownership.py::test_a_takeover_waits_until_the_owner_may_acknowledge_nothing_more",
         r"assert [\d.]+ < 0\.0",
+    ),
+    # ---------------------------------------------------------------- an input that is copied
+    Mutant(
+        "a copy is read before it is on disk",
+        GROWING,
+        "self._copying.files.sync(self._fd)",
+        "pass",
+        IN_STORAGE + "test_growing_inputs.py::"
+        "test_only_whole_lines_that_are_on_disk_with_their_sum_can_be_read",
+        "cannot be copied: KeyError: 'input.partial'",
+    ),
+    Mutant(
+        "half a line is read",
+        GROWING,
+        "self._source.available_bytes = self._line_end",
+        "self._source.available_bytes = self.progress.bytes",
+        IN_STORAGE + "test_growing_inputs.py::"
+        "test_only_whole_lines_that_are_on_disk_with_their_sum_can_be_read",
+        "cannot be copied: AssertionError",
+    ),
+    Mutant(
+        "a copy is read again without its sum",
+        GROWING,
+        "if self._hash.hexdigest() != self._owed.blake2b:",
+        "if False:",
+        IN_STORAGE + "test_growing_inputs.py::"
+        "test_every_other_byte_before_what_was_handed_out_is_refused",
+        "DID NOT RAISE",
+    ),
+    Mutant(
+        "the end of what was copied is taken for that of the input",
+        SERVICE,
+        "if self._source.is_whole and not self._has_unread():",
+        "if not self._has_unread():",
+        GROWS + "test_lines_are_handed_out_as_the_copy_grows_and_the_end_is_the_true_one",
+        "all_work_complete",
+    ),
+    Mutant(
+        "lines run twice because the copy of the input is behind",
+        SERVICE,
+        "        if not grants and not queue.may_open():\n",
+        "        if not grants:\n",
+        GROWS + "test_copies_of_long_running_lines_are_not_given_because_the_copy_is_behind",
+        r"\['idle'\] == \[\]",
+    ),
+    Mutant(
+        "a run that ends does not wait for who copies its input",
+        SERVICE,
+        "            await asyncio.to_thread(self._source.copy.end)",
+        "            pass",
+        GROWS + "test_who_closes_a_service_waits_until_nothing_writes_the_copy",
+        r"\[False\] == \[True\]",
     ),
 ]
 

@@ -22,6 +22,7 @@ from dispatcher.models import (
 )
 from dispatcher.service import DispatchService
 from dispatcher.storage.files import Files
+from dispatcher.storage.inputs.growing import GrowingSource
 from dispatcher.storage.journal import JOURNAL_DIR
 from tests.storage.broken_files import owned_by_the_dead
 
@@ -57,6 +58,8 @@ async def drop(service: DispatchService) -> None:
     for task in service._tasks:
         task.cancel()
     await asyncio.gather(*service._tasks, return_exceptions=True)
+    if isinstance(service._source, GrowingSource):
+        await asyncio.to_thread(service._source.copy.end)
     for thread in (service._write_thread, service._read_thread, service._claim_thread):
         thread.shutdown()
     service._ownership._lock.release()

@@ -440,6 +440,7 @@ def _one_source(infile: Path) -> Callable[..., LineSource]:
     source = LineSource(infile, 1 << 20)
     fingerprint = source.fingerprint()
     source.fingerprint = lambda: fingerprint  # type: ignore[method-assign]
+    source.close = lambda: None  # type: ignore[method-assign]  # the next start has it, too
     return lambda *_, **__: source
 
 

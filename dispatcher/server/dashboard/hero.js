@@ -40,6 +40,7 @@ function notices(status) {
     const { message } = status.paused;
     found.push(["warn", "paused", message.charAt(0).toUpperCase() + message.slice(1)]);
   }
+  if (status.copying?.problem) found.push(["bad", "input", status.copying.problem]);
   if (status.output_error) found.push(["bad", "output", `The output stands still: ${status.output_error}`]);
   if (status.failure_warning) {
     found.push(["warn", "jump", `Suddenly more lines fail: ${status.failure_warning.message}`]);

@@ -7,7 +7,7 @@ import errno
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,8 +22,10 @@ from dispatcher.storage.run_state import PARTIAL_SPOOL_FILE, SPOOL_FILE, SPOOL_O
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_TELL_EVERY_S = 5.0
+TELL_EVERY_S = 5.0
 _SYNC_BYTES = 256 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""The errors of a full disk."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,10 @@ class Copying:
 
 
 class Progress:
-    """Says every few seconds how far a copy is, also while nothing comes."""
+    """Says now and then how far a copy is, also while nothing comes."""
 
-    def __init__(self, reader: InputReader) -> None:
+    def __init__(self, reader: InputReader, every_s: float = TELL_EVERY_S) -> None:
+        self.every_s = every_s
         self.bytes = self.lines = 0
         self.share: float | None = None
         self._reader = reader
@@ -63,11 +66,17 @@ class Progress:
         if self._has_said:
             log.info("copied the input %s: %s", self._reader.name, self)
 
+    @property
+    def whole(self) -> str:
+        """How large the copy is going to be, in words."""
+        whole = self.bytes / self.share / 2**20 if self.share else 0
+        return f"about {whole:,.0f} MiB" if whole else "more than that"
+
     def __str__(self) -> str:
         return f"{self.lines:,} lines, {self.bytes / 2**20:,.1f} MiB"
 
     def _tell(self) -> None:
-        while not self._ended.wait(_TELL_EVERY_S):
+        while not self._ended.wait(self.every_s):
             self._has_said = True
             part = f", {100 * self.share:.0f} % of it read" if self.share is not None else ""
             log.info("copying the input %s: %s%s", self._reader.name, self, part)
@@ -83,7 +92,7 @@ def copy_input(
     files, partial = copying.files, state_dir / PARTIAL_SPOOL_FILE
     files.unlink(partial)  # of a start that was killed, or of another process: then it keeps it
     files.unlink(state_dir / SPOOL_FILE)
-    fd = _attempt(reader, partial, Progress(reader), lambda: _create(partial, files))
+    fd = _attempt(reader, partial, Progress(reader), lambda: create_partial(partial, files))
     try:
         with Progress(reader) as written:
             _write(reader, fd, partial, copying, written)
@@ -93,7 +102,7 @@ def copy_input(
                 "again when nobody writes to it any more"
             )
         copying.confirm()
-        _attempt(reader, partial, written, lambda: _keep(fd, state_dir, original, files))
+        _attempt(reader, partial, written, lambda: keep_copy(fd, state_dir, original, files))
         written.say_end()
     except BaseException:
         # Whatever ended it, half a copy is of no use; one that another process made is not ours.
@@ -129,8 +138,9 @@ def origin_of_copy(state_dir: Path, files: Files) -> dict[str, Any] | None:
     return None
 
 
-def _create(partial: Path, files: Files) -> int:
-    return files.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
+def create_partial(partial: Path, files: Files) -> int:
+    """Open a new file for a copy: nobody else writes to it, whoever still copies elsewhere."""
+    return files.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW)
 
 
 def _write(
@@ -139,31 +149,34 @@ def _write(
     files = copying.files
     synced = 0
     blocks = reader.blocks(copying.stop)
-    while True:
-        try:
-            block = next(blocks, None)
-        except OSError as error:
-            raise StorageError(
-                f"cannot read the input {reader.name}: {error.strerror or error}; mend that, and "
-                "start the same command again"
-            ) from error
-        if block is None:
-            break
+    while (block := next_block(reader, blocks)) is not None:
         try:
             files.write_at(fd, block, progress.bytes)
             if progress.bytes - synced >= _SYNC_BYTES:
                 files.sync(fd)  # or the one at the end would take minutes
                 synced = progress.bytes
         except OSError as error:
-            raise _cannot_write(reader, partial, progress, error) from error
+            raise cannot_write(reader, partial, progress, error) from error
         progress.add(block)
     try:
         files.sync(fd)
     except OSError as error:
-        raise _cannot_write(reader, partial, progress, error) from error
+        raise cannot_write(reader, partial, progress, error) from error
 
 
-def _keep(fd: int, state_dir: Path, original: dict[str, Any] | None, files: Files) -> None:
+def next_block(reader: InputReader, blocks: Iterator[bytes]) -> bytes | None:
+    """Return what is read next; None at the end. Raises StorageError, and what readers raise."""
+    try:
+        return next(blocks, None)
+    except OSError as error:
+        raise StorageError(
+            f"cannot read the input {reader.name}: {error.strerror or error}; mend that, and "
+            "start the same command again"
+        ) from error
+
+
+def keep_copy(fd: int, state_dir: Path, original: dict[str, Any] | None, files: Files) -> None:
+    """Give a whole copy its name, and say beside it what it was made of. Raises OSError."""
     partial = state_dir / PARTIAL_SPOOL_FILE
     if original is None:
         files.unlink(state_dir / SPOOL_ORIGIN_FILE)
@@ -179,21 +192,20 @@ def _attempt(reader: InputReader, partial: Path, progress: Progress, act: Callab
     try:
         return act()
     except OSError as error:
-        raise _cannot_write(reader, partial, progress, error) from error
+        raise cannot_write(reader, partial, progress, error) from error
 
 
-def _cannot_write(
+def cannot_write(
     reader: InputReader, partial: Path, progress: Progress, error: OSError
 ) -> StorageError:
+    """Return the error that says why a copy cannot be written, and what to do."""
     copy = partial.with_name(SPOOL_FILE)
     again = "start the same command again"
     if not reader.can_be_read_again:
         again = "start the run again with the whole input"
     remedy = "mend that"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        whole = progress.bytes / progress.share / 2**20 if progress.share else 0
-        needed = f"about {whole:,.0f} MiB" if whole else "more than that"
-        remedy = f"make room for {needed} there, or name a larger place with --state"
+    if error.errno in FULL:
+        remedy = f"make room for {progress.whole} there, or name a larger place with --state"
     return StorageError(
         f"cannot copy the input {reader.name} to {copy}: {error.strerror} after "
         f"{progress.bytes / 2**20:,.1f} MiB; {remedy}, and {again}"

@@ -81,6 +81,11 @@ class DataSetReader(InputReader):
         is_saved = self.directory is not None and was_saved(self.directory)
         return self._rows or None if is_saved else None
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it is none of the hub."""
+        return self.directory is not None
+
     def _named(self) -> dict[str, Any]:
         named = {"subset": self._options.subset, "split": self._options.split}
         return named if self.directory is not None else {"name": self.name, **named}

@@ -11,6 +11,7 @@ from dispatcher.input_options import InputOptions, is_data_set, is_standard_inpu
 from dispatcher.storage.inputs.compressed import GzipReader, ZstdReader
 from dispatcher.storage.inputs.copying import Copying, copy_input, origin_now, origin_of_copy
 from dispatcher.storage.inputs.data_sets import DataSetReader, is_hidden, was_saved
+from dispatcher.storage.inputs.growing import Begun, open_growing
 from dispatcher.storage.inputs.parquet import SUFFIX, ParquetReader, parquet_files
 from dispatcher.storage.inputs.pipe import PipeReader
 from dispatcher.storage.inputs.reader import InputReader, without_waiting
@@ -60,12 +61,14 @@ def open_source(
     copying: Copying | None = None,
     *,
     is_begun: bool = True,
+    begun: Begun | None = None,
 ) -> LineSource:
-    """Open the input; what cannot be read by offset is first copied into the state directory.
+    """Open the input; what cannot be read by offset is copied into the state directory.
 
     A copy that is there is used: of a run that `is_begun` in any case, as it is what that began
-    with, else if the original is still what it was made of. Raises UsageError, StorageError, and
-    StartStoppedError when the copying was stopped.
+    with, else if the original is still what it was made of. One that has to be made may be a source
+    that grows, from what is `begun` of it, where the original can be read again; else it is whole.
+    Raises UsageError, StateError, StorageError, and StartStoppedError when the copying was stopped.
     """
     copying = copying or Copying()
     spool = state_dir / SPOOL_FILE
@@ -81,6 +84,9 @@ def open_source(
     # Of a data set of the hub, which is asked over a network.
     origin = next(without_waiting(lambda: iter([origin_now(reader, before)]), copying.stop))
     if not has_copy or (not is_begun and origin != kept):
+        if begun is not None and origin is not None and reader.is_here:
+            copying.files.unlink(spool)
+            return open_growing(reader, state_dir, max_line_bytes, origin, copying, begun)
         copy_input(reader, state_dir, origin, copying)
     return LineSource(spool, max_line_bytes, origin)
 

@@ -24,6 +24,10 @@ class CopyStop:
         """Have the copying end."""
         self._event.set()
 
+    def wait(self, timeout_s: float) -> bool:
+        """Wait; return whether it is to end by then."""
+        return self._event.wait(timeout_s)
+
     def check(self) -> None:
         """Raise StartStoppedError once it is to end."""
         if self._event.is_set():
@@ -71,6 +75,11 @@ class InputReader(ABC):
     def can_be_read_again(self) -> bool:
         """Whether the original can be read by another start."""
         return True
+
+    @property
+    def is_here(self) -> bool:
+        """Whether reading it again needs no other machine, and finds what was there before."""
+        return self.can_be_read_again
 
 
 def missing_package(what: str, package: str, extra: str) -> UsageError:
