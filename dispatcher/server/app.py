@@ -96,7 +96,8 @@ def make_app(service: DispatchService, limits: ConnectionLimits | None = None) -
     app[CONNECTIONS] = Connections(limits or ConnectionLimits())
     app[OVERVIEW], app[ITEMS], app[PAGE_FILES] = Overview(service), ItemView(service), PageFiles()
     app[CALL_TIMES] = {path: Buckets(CALL_BOUNDS_S) for path in _TIMED_CALLS}
-    app.add_routes([web.route(*way, _routed(call)) for way, call in _CALLS_OF_WORKERS.items()])
+    for (method, path), call in _CALLS_OF_WORKERS.items():
+        app.router.add_route(method, path, _routed(call))  # not HEAD, which would take work
     app.add_routes(
         [
             web.get("/status", get_status),
