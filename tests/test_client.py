@@ -302,13 +302,13 @@ def test_a_connection_that_ends_early_is_a_server_that_is_away(
 @both
 def test_a_server_that_takes_too_long_is_away(send: Send, server: Script) -> None:
     server.replies = [(200, b'{"status": "OK"}')]
-    server.delay_s = 0.5
+    server.delay_s = 1.5
     start = time.monotonic()
 
     [reply] = send(server.address, lambda c: [c.get_work()], timeout_s=0.1)
 
     assert reply.status is AWAY
-    assert time.monotonic() - start < 0.45
+    assert time.monotonic() - start < 1.2
 
 
 @both
@@ -317,14 +317,14 @@ def test_a_release_that_renews_leases_waits_less_long_for_its_reply(
 ) -> None:
     monkeypatch.setattr(client, "RENEW_TIMEOUT_S", 0.1)
     server.replies = [(200, b'{"status": "OK"}')]
-    server.delay_s = 0.4
+    server.delay_s = 1.5
     plain = ReleaseItem(4, "4.2", False, "crash")
     renewing = ReleaseItem(5, "5.2", False, "crash", renew=True)
 
     def release(*items: ReleaseItem) -> tuple[WorkStatus, bool]:
         start = time.monotonic()
         [reply] = send(server.address, lambda c: [c.release_work(items=iter(items))])
-        return reply.status, time.monotonic() - start < 0.35
+        return reply.status, time.monotonic() - start < 1.2
 
     assert release(plain) == (WorkStatus.OK, False)
     assert release(plain, renewing) == (AWAY, True)
