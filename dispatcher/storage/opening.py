@@ -135,8 +135,8 @@ def open_run(
             settings.state_dir, {key: part for key, part in run_file.items() if part}, files
         )
         return OpenRun(run_id, epoch, queue, source, writer, run_file)
-    except BaseException:
-        source.close()  # or the copy would go on
+    except BaseException:  # whatever it was, a copy must not go on
+        source.close()
         raise
 
 

@@ -211,7 +211,7 @@ class Spool:
         try:
             _check_private(path, os.fstat(fd))
             return SpoolFile(path, fd, run, self._files)
-        except BaseException:
+        except BaseException:  # whatever it was, nobody else would close it
             self._files.close(fd)
             raise
 

@@ -104,8 +104,8 @@ def copy_input(
         copying.confirm()
         _attempt(reader, partial, written, lambda: keep_copy(fd, state_dir, original, files))
         written.say_end()
-    except BaseException:
-        # Whatever ended it, half a copy is of no use; one that another process made is not ours.
+    except BaseException:  # whatever ended it, half a copy is of no use
+        # One that another process made is not ours.
         with contextlib.suppress(OSError):
             if files.leads_to(partial, fd):
                 files.unlink(partial)
