@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import msgspec
 
@@ -31,6 +31,7 @@ from dispatcher.core.results import error_kind, error_kinds, lease_serials, vali
 from dispatcher.core.work_queue import (
     CRASH,
     MAX_RETRIES_EXCEEDED,
+    Arrivals,
     Grant,
     WorkQueue,
     lease_id,
@@ -67,10 +68,11 @@ from dispatcher.storage.files import Files
 from dispatcher.storage.inputs.growing import GrowingSource
 from dispatcher.storage.inputs.reader import CopyStop
 from dispatcher.storage.journal import last_epoch
+from dispatcher.storage.lines import InputLine, Lines, ReadAhead
 from dispatcher.storage.opening import OpenRun, open_run, utc_now
 from dispatcher.storage.ownership import REFRESH_S, Ownership
 from dispatcher.storage.run_state import make_state_dir, remove_intermediate, save_run_file
-from dispatcher.storage.source import InputLine, LineSource
+from dispatcher.storage.source import LineSource
 from dispatcher.storage.spool import Spool
 from dispatcher.storage.writer import Batch, RunWriter
 
@@ -158,7 +160,7 @@ class DispatchService:
         self._writer: RunWriter | None = None
         self._source: LineSource | None = None
         self._copy_stop = CopyStop()
-        self._lines: deque[InputLine] = deque()
+        self._ahead = ReadAhead(Lines())  # read, and not in the queue yet
         self._write_thread = make_thread("journal")
         self._read_thread = make_thread("input")
         self._intake = SpoolIntake(
@@ -169,7 +171,7 @@ class DispatchService:
         )
         # A claim must be seen to be kept also while a slow file system holds up the journal.
         self._claim_thread = make_thread("claim")
-        self._fill_lock = asyncio.Lock()
+        self._ahead_lock = asyncio.Lock()
         self._batch = Batch()
         self._batch_done: Acknowledgement | None = None
         self._writing: Acknowledgement | None = None
@@ -402,7 +404,8 @@ class DispatchService:
                 fresh_start=item.fresh_start,
                 now=now,
             )
-        await self._settle()
+        await self._bury_condemned()
+        self._announce()
         await self._barrier(queue)
         return ReleaseWorkResponse(WorkStatus.OK, released, renewed or msgspec.UNSET)
 
@@ -410,7 +413,8 @@ class DispatchService:
         """Keep answers that tasks got, each for itself; return what became of each, in order."""
         self._check_usable()
         queue = self.queue
-        answers = valid_results([step.response for step in steps], self.settings.max_result_bytes)
+        texts = [step.response or "" for step in steps]
+        answers = valid_results(texts, self.settings.max_result_bytes)
         outcomes: list[StepOutcome] = []
         for step, answer in zip(steps, answers, strict=True):
             named = parse_lease_id(step.lease)
@@ -448,7 +452,8 @@ class DispatchService:
         )
         if request.stats is not None:
             self.worker_totals.note(request.worker, request.stats)
-        await self._settle()
+        await self._bury_condemned()
+        self._announce()
         await self._barrier(queue)
         return HeartbeatResponse(
             WorkStatus.OK,
@@ -579,39 +584,74 @@ class DispatchService:
     # ---------------------------------------------------------------- handing out
 
     async def _hand_out(self, worker: str, count: int) -> list[WorkItem]:
+        """Hand out items that were handed out before, or else new lines, or else copies."""
         queue, now = self.queue, self._clock.now()
-        if self._draining:
-            return []
-        grants = queue.lease_ready(worker, count, now, REPLY_BYTES) if queue.ready_count else []
-        texts: dict[int, str] = {}
-        size = _bytes_of(grants, queue)
-        while (
-            len(grants) < count and not _is_solo(grants) and size < REPLY_BYTES and queue.may_open()
-        ):
-            if not self._lines:
-                if not self._has_unread():
-                    break  # the copy of the input is behind
-                await self._fill_lines()
+        grants: list[Grant] = []
+        fresh: list[WorkItem] = []
+        left, left_bytes = count, REPLY_BYTES
+        looked = not queue.ready_count
+        while left > 0 and left_bytes > 0 and not (self._draining or _is_solo(grants)):
+            if not looked:
+                looked = True
+                grants = queue.lease_ready(worker, count, now, REPLY_BYTES)
+                left, left_bytes = count - len(grants), REPLY_BYTES - _bytes_of(grants, queue)
+            elif not queue.may_open():
+                break
+            elif self._ahead:
+                size, items = self._hand_out_fresh(worker, left, left_bytes, now)
+                left, left_bytes = left - len(items), left_bytes - size
+                fresh += items
+            elif self._has_unread():
+                await self._read_ahead()
                 if queue is not self.queue:
                     raise StorageFullError(_NOT_KEPT)
-                continue
-            left = count - len(grants)
-            self._open_lines(left, now, texts)
-            fresh = queue.lease_ready(worker, left, now, REPLY_BYTES - size, solo=not grants)
-            size += _bytes_of(fresh, queue)
-            grants += fresh
-        if not grants and not queue.may_open():
+                looked = bool(grants or fresh)  # what came back meanwhile goes first
+            else:
+                break  # the copy of the input is behind
+        if not (grants or fresh or self._draining or queue.may_open()):
             grants = queue.lease_backup(worker, count, now, REPLY_BYTES)
-        again = [grant for grant in grants if grant.work_id not in texts]
-        if again:
-            self._queue_events()  # they can be written while the lines are read
-            lines = await self._in_reader(self._fetch, [grant.offset for grant in again])
-            texts |= {grant.work_id: line.text for grant, line in zip(again, lines, strict=True)}
+        return [*await self._with_texts(grants), *fresh] if grants else fresh
+
+    def _hand_out_fresh(
+        self, worker: str, count: int, max_bytes: int, now: float
+    ) -> tuple[int, list[WorkItem]]:
+        """Hand out up to `count` of the lines read ahead until `max_bytes` are reached.
+
+        Returns how many bytes they have, and them: none when they are refused instead.
+        """
+        queue = self.queue
+        lines = self._ahead.take(min(count, queue.window_room()), max_bytes)
+        if lines.defects:
+            self._refuse(lines, now)
+            return 0, []
+        first, serial = queue.lease_fresh(worker, lines.offset, lines.sizes, now)
+        self._note_input_end()
         limit, run_id = queue.policy.max_retries, self.run_id
+        work_ids = range(first, first + len(lines))
+        items = [
+            WorkItem(work_id, text, None, 0, limit, run_id, f"{work_id}.{its_serial}")
+            for work_id, text, its_serial in zip(work_ids, lines.texts, itertools.count(serial))
+        ]
+        return sum(lines.sizes), items
+
+    def _refuse(self, lines: Lines, now: float) -> None:
+        """Give lines that cannot be handed out their tombstones at once."""
+        queue, limit = self.queue, self.settings.max_line_bytes
+        first = queue.open_lines(lines.offset, lines.sizes)
+        self._note_input_end()
+        for place, defect in lines.defects.items():
+            refused = refused_line(first + place, defect, lines.texts[place], limit)
+            queue.tombstone(first + place, defect, refused, now)
+
+    async def _with_texts(self, grants: Sequence[Grant]) -> list[WorkItem]:
+        """Read the lines of items that were read before."""
+        self._queue_events()  # they can be written while the lines are read
+        lines = await self._in_reader(self._fetch, [grant.offset for grant in grants])
+        limit, run_id = self.queue.policy.max_retries, self.run_id
         return [
             WorkItem(
                 grant.work_id,
-                texts[grant.work_id],
+                line.text,
                 None,
                 grant.retries,
                 limit,
@@ -622,7 +662,7 @@ class DispatchService:
                 None,
                 grant.fresh_starts,
             )
-            for grant in grants
+            for grant, line in zip(grants, lines, strict=True)
         ]
 
     async def _attach_steps(self, items: list[WorkItem], queue: WorkQueue) -> None:
@@ -644,30 +684,15 @@ class DispatchService:
                     for position, (request_hash, answer) in sorted(steps.items())
                 ]
 
-    def _open_lines(self, count: int, now: float, texts: dict[int, str]) -> None:
-        """Take up to `count` of the lines read ahead into the queue; add their texts."""
-        queue, lines = self.queue, self._lines
-        room = min(count, len(lines), queue.window_room())
-        taken = [lines.popleft() for _ in range(room)]
-        first = queue.open_lines(taken[0].offset, [n.next_offset - n.offset for n in taken])
-        self._note_input_end()
-        for work_id, line in enumerate(taken, first):
-            if line.defect is None:
-                texts[work_id] = line.text
-            else:
-                limit = self.settings.max_line_bytes
-                refused = refused_line(work_id, line.defect, line.text, limit)
-                queue.tombstone(work_id, line.defect, refused, now)
-
-    async def _fill_lines(self) -> None:
-        async with self._fill_lock:
-            if self._lines or self._source is None:
+    async def _read_ahead(self) -> None:
+        async with self._ahead_lock:
+            if self._ahead or self._source is None:
                 return
             queue = self.queue
             offset = queue.next_offset
             lines = await self._in_reader(self._source.scan, offset, _SCAN_LINES, _SCAN_BYTES)
             if queue is self.queue:
-                self._lines.extend(lines)
+                self._ahead = ReadAhead(lines)
 
     def _fetch(self, offsets: list[int]) -> list[InputLine]:
         assert self._source is not None
@@ -712,24 +737,27 @@ class DispatchService:
         queue, run_id, now = self.queue, self.run_id, self._clock.now()
         work_ids = [item.work_id for item in items]
         serials = lease_serials(work_ids, [item.lease for item in items])
-        results = valid_results([item.result for item in items], self.settings.max_result_bytes)
-        good = [result for result in results if result is not None]
-        if len(good) == len(items) and {item.run for item in items} <= {None, run_id}:
-            arrivals = list(zip(work_ids, serials, good, error_kinds(good), strict=True))
+        texts = [item.result or "" for item in items]
+        results = valid_results(texts, self.settings.max_result_bytes)
+        if all(results) and {item.run for item in items} <= {None, run_id}:  # no result is empty
+            good = cast(list[msgspec.Raw], results)
+            arrivals = Arrivals(work_ids, serials, good, error_kinds(texts))
             self.observed.meet(arrivals, queue.leases)
             outcomes = queue.finish_all(arrivals, now)
         else:
             outcomes = self._take_one_by_one(items, serials, results, now)
         self.duplicate_results += outcomes.count(Outcome.DUPLICATE)
         self.results_taken.observe(len(items))
-        await self._settle()
+        if queue.condemned:
+            await self._bury_condemned()
+        self._announce()
         return outcomes
 
     def _take_one_by_one(
         self,
         items: Sequence[ResultItem],
         serials: Sequence[int | None],
-        results: Sequence[bytes | None],
+        results: Sequence[msgspec.Raw | None],
         now: float,
     ) -> list[Outcome]:
         """Take results some of which are none, in the order they stand: some may be of one item."""
@@ -740,9 +768,10 @@ class DispatchService:
             elif result is None:
                 outcomes.append(self._refuse_result(item, serial, now))
             else:
-                arrival = (item.work_id, serial, result, error_kind(result))
-                self.observed.meet([arrival], self.queue.leases)
-                outcomes += self.queue.finish_all([arrival], now)
+                kind = error_kind(bytes(result))
+                arrivals = Arrivals([item.work_id], [serial], [result], [kind])
+                self.observed.meet(arrivals, self.queue.leases)
+                outcomes += self.queue.finish_all(arrivals, now)
         return outcomes
 
     def _refuse_result(self, item: ResultItem, serial: int | None, now: float) -> Outcome:
@@ -752,15 +781,14 @@ class DispatchService:
         self.queue.fail(item.work_id, serial, "the result is not JSON on one line", now)
         return Outcome.INVALID
 
-    async def _settle(self) -> None:
-        """Give condemned items their tombstone, and let waiting calls see what became ready."""
-        if self.queue.condemned:
-            await self._bury_condemned()
+    def _announce(self) -> None:
+        """Let waiting calls see what became ready, and whoever watches what goes wrong."""
         self.alarms.look(self.queue)
         if self._changed is not None and (self.queue.ready_count or self.queue.is_complete):
             self._notify()
 
     async def _bury_condemned(self) -> None:
+        """Give items that ran out of reissues their tombstones."""
         queue = self.queue
         for work_id in queue.condemned_ids():
             item = queue.items.get(work_id)
@@ -890,7 +918,7 @@ class DispatchService:
         failed_too, self._batch, self._batch_done = self._batch_done, Batch(), None
         self.queue = recovered.queue
         self.queue.note_written(self._writer.output.written)
-        self._lines.clear()
+        self._ahead = ReadAhead(Lines())
         self._note_input_end()
         done.refuse(error)
         if failed_too is not None:

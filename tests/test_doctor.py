@@ -33,7 +33,7 @@ from dispatcher.doctor.places import (
 )
 from dispatcher.doctor.task import check_task
 from dispatcher.errors import StateError
-from dispatcher.storage.source import InputLine
+from dispatcher.storage.lines import InputLine
 from tests.support.kinds import save_data_set, write_gzip, write_parquet
 from tests.support.processes import dispatcher_server, run_python
 from tests.support.scripted import Script, scripted

@@ -15,7 +15,7 @@ import pytest
 from dispatcher.preview.record import Exchange, LineRecord
 from dispatcher.preview.source import PreviewSource, TimedBackend
 from dispatcher.preview.text import SHOWN_CHARACTERS, Writer, printable, summary
-from dispatcher.storage.source import InputLine
+from dispatcher.storage.lines import InputLine
 from dispatcher.taskmanager.backend.base import SimpleBackend
 from dispatcher.taskmanager.backend.request import Request, Response
 from dispatcher.taskmanager.manager import Manager

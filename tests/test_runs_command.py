@@ -660,8 +660,11 @@ def drive(queue: WorkQueue, chance: Random) -> None:
     worker = chance.choice(["a", "b", "c"])
     held = [(x.work_id, x.serial) for x in queue.leases.values()]
     match chance.randrange(7):
-        case 0 if queue.next_work_id < 12:
+        case 0 if queue.next_work_id < 12 and chance.random() < 0.5:
             queue.open_lines(queue.next_offset, [10] * chance.randint(1, 3))
+        case 0 if queue.next_work_id < 12:
+            sizes = [10] * chance.randint(1, 3)
+            queue.lease_fresh(worker, queue.next_offset, sizes, 0.0)
         case 1 | 2:
             queue.lease_ready(worker, chance.randint(1, 3), 0.0)
         case 3 if held:

@@ -54,6 +54,27 @@ class Issued(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="issue"
     work_ids: list[int]
 
 
+class IssuedFresh(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="fresh"):
+    """The next input lines were read and leased to one worker at once, as most lines are.
+
+    The first is `work_id`, stands at byte `offset` and is leased under number `serial`; the others
+    count up from there. `sizes` and `heartbeats` are those of Opened and Issued.
+    """
+
+    worker: str
+    heartbeats: bool
+    serial: int
+    work_id: int
+    offset: int
+    sizes: list[int]
+
+    def parts(self) -> tuple[Opened, Issued]:
+        """Return the two events that it stands for."""
+        work_ids = [*range(self.work_id, self.work_id + len(self.sizes))]
+        opened = Opened(self.work_id, self.offset, self.sizes)
+        return opened, Issued(self.worker, self.heartbeats, False, self.serial, work_ids)
+
+
 class Finished(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="results"):
     """Workers' results were taken, `results[i]` for line `work_ids[i]` under lease `serials[i]`.
 
@@ -189,6 +210,7 @@ class Left(msgspec.Struct, frozen=True, array_like=True, gc=False, tag="leave"):
 Event = (
     Opened
     | Issued
+    | IssuedFresh
     | Watched
     | Finished
     | Tombstoned

@@ -18,6 +18,7 @@ class Item(msgspec.Struct, eq=False, gc=False):
     work_id: int
     offset: int
     line_bytes: int
+    leases: tuple[Lease, ...] = ()
     retries: int = 0
     crashes: int = 0
     releases: int = 0
@@ -26,8 +27,7 @@ class Item(msgspec.Struct, eq=False, gc=False):
     condemned: bool = False
     queued: bool = False
     fresh_starts: int = 0
-    leases: list[Lease] = []
-    history: list[Ended] = []
+    history: tuple[Ended, ...] = ()
 
 
 class ReadyItems:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import msgspec
 
 from dispatcher.core.events import Event, Finished, Tombstoned
 from dispatcher.core.rates import RunRates, WorkerRates
-from dispatcher.core.work_queue import Arrival, WorkQueue
+from dispatcher.core.work_queue import Arrivals, WorkQueue
 from dispatcher.core.workers import Lease
 
 MOST_ERRORS = 50
@@ -85,12 +85,15 @@ class Observed:
         self.worker_rates.note(now, queue.workers.values())
         self.input_marks.note(queue.next_work_id, queue.next_offset)
 
-    def meet(self, arrivals: Sequence[Arrival], leases: Mapping[int, Lease]) -> None:
+    def meet(self, arrivals: Arrivals, leases: Mapping[int, Lease]) -> None:
         """Note whose results these are, as long as their leases are known, if lines fail by them.
 
         They may still turn out to be duplicates, which no event tells.
         """
-        for work_id, serial, _, kind in arrivals:
+        work_ids, serials, _, kinds = arrivals
+        if not any(kinds):
+            return
+        for work_id, serial, kind in zip(work_ids, serials, kinds, strict=True):
             if kind and (lease := leases.get(serial or 0)) is not None:
                 if len(self._givers) > MOST_ERRORS:
                     self._givers.pop(next(iter(self._givers)))

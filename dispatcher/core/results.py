@@ -6,6 +6,7 @@ at together first, which costs a fraction of looking at each.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ import msgspec
 
 _ERROR_MARK = b'{"__ERROR__"'
 _KIND = re.compile(rb'\{"__ERROR__":\s*\{"error":\s*"([^"\\]{1,64})"')
+_SUSPECT = (_ERROR_MARK.decode(), " ", "\t")
 UNNAMED_ERROR = "unnamed"
 _FEW = 4
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
@@ -20,35 +22,35 @@ _split_json = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _read_pairs = msgspec.json.Decoder(list[tuple[int, int]]).decode
 
 
-def valid_results(texts: Sequence[str | None], max_bytes: int) -> list[bytes | None]:
+def valid_results(texts: Sequence[str], max_bytes: int) -> list[msgspec.Raw | None]:
     """Return each result as the output's bytes, or None where it is not JSON on one line."""
-    if len(texts) < _FEW:
-        return [_valid_result(text, max_bytes) for text in texts]
-    try:
-        results = [text.encode() for text in texts if text is not None]
-        together = b"[%b]" % b",".join(results)
-        sizes = [len(result) for result in results]
-        if (
-            len(results) == len(texts)
-            # Each is one value by itself only if the commas that part values are those put here.
-            and [len(value) for value in _split_json(together)] == sizes
-            and b"\n" not in together
-            and b"\r" not in together
-            and max(sizes, default=0) <= max_bytes
-        ):
-            return [*results]
-    except (UnicodeEncodeError, msgspec.DecodeError, RecursionError):
-        pass  # one of them or more: which?
+    if len(texts) >= _FEW:
+        try:
+            return [*_split(texts, max_bytes)]
+        except (ValueError, RecursionError):
+            pass  # one of them or more is bad: which?
     return [_valid_result(text, max_bytes) for text in texts]
 
 
-def _valid_result(text: str | None, max_bytes: int) -> bytes | None:
-    if text is None or "\n" in text or "\r" in text:
+def _split(texts: Sequence[str], max_bytes: int) -> list[msgspec.Raw]:
+    """Return valid results as the output's bytes; raise ValueError if one is not."""
+    together = f"[{','.join(texts)}]".encode()
+    results = _split_json(together)
+    sizes = [*map(len, results)]
+    # Each is one value by itself only if the commas that part values are those put here.
+    if sizes != [*map(len, texts if together.isascii() else map(str.encode, texts))]:
+        raise ValueError("a text is no value, or more than one, or has blanks around it")
+    if b"\n" in together or b"\r" in together or max(sizes) > max_bytes:
+        raise ValueError("a result has line ends in it, or is too large")
+    return results
+
+
+def _valid_result(text: str, max_bytes: int) -> msgspec.Raw | None:
+    if "\n" in text or "\r" in text:
         return None
     try:
-        result = text.strip(" \t").encode()
-        _check_json(result)
-    except (UnicodeEncodeError, msgspec.DecodeError, RecursionError):
+        result = _check_json(text.strip(" \t").encode())
+    except (ValueError, RecursionError):
         return None
     return result if len(result) <= max_bytes else None
 
@@ -61,9 +63,11 @@ def error_kind(result: bytes) -> str:
     return found[1].decode("utf-8", "replace") if found else UNNAMED_ERROR
 
 
-def error_kinds(results: Sequence[bytes]) -> list[str]:
-    """Return `error_kind` of each."""
-    return [error_kind(x) if x.startswith(_ERROR_MARK) else "" for x in results]
+def error_kinds(texts: Sequence[str]) -> list[str]:
+    """Return `error_kind` of each text that is a valid result."""
+    if not any(map(str.startswith, texts, itertools.repeat(_SUSPECT))):
+        return [""] * len(texts)
+    return [error_kind(x.strip(" \t").encode()) if x.startswith(_SUSPECT) else "" for x in texts]
 
 
 def lease_serials(work_ids: Sequence[int], leases: Sequence[str | None]) -> list[int | None]:

@@ -19,9 +19,9 @@ Nothing here does I/O or reads a clock: `now` is any number of seconds that neve
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -36,6 +36,7 @@ from dispatcher.core.events import (
     FailuresPaused,
     Finished,
     Issued,
+    IssuedFresh,
     ItemState,
     Joined,
     LeaseEnded,
@@ -75,7 +76,7 @@ __all__ = [
     "MAX_RETRIES_EXCEEDED",
     "VANISHED",
     "WORK_TIMEOUT",
-    "Arrival",
+    "Arrivals",
     "Grant",
     "QueuePolicy",
     "Renewal",
@@ -93,8 +94,25 @@ CRASH = "crash"
 """The release reason by which a worker says that its model server died under the item."""
 
 
-Arrival = tuple[int, int | None, bytes, str]
-"""A result as it came: work id, serial of the lease it names, the line, kind of its error or ""."""
+class Arrivals(NamedTuple):
+    """Results as they came, in columns: whose, the serials of the leases they name, the lines.
+
+    `kinds` are those of their errors, "" for a line that is none. All four are equally long.
+    """
+
+    work_ids: list[int]
+    serials: list[int | None]
+    results: list[msgspec.Raw]
+    kinds: list[str]
+
+    def at(self, places: Collection[int]) -> Arrivals:
+        """Return those at these places."""
+        return Arrivals(
+            [self.work_ids[n] for n in places],
+            [self.serials[n] for n in places],
+            [self.results[n] for n in places],
+            [self.kinds[n] for n in places],
+        )
 
 
 class WorkQueue:
@@ -129,6 +147,7 @@ class WorkQueue:
         self._appliers: dict[type[Event], Callable[[Any, float], None]] = {
             Opened: self._apply_opened,
             Issued: self._apply_issued,
+            IssuedFresh: self._apply_issued_fresh,
             Watched: self._apply_watched,
             Finished: self._apply_finished,
             Tombstoned: self._apply_tombstoned,
@@ -203,24 +222,33 @@ class WorkQueue:
         self._record(Opened(work_id, offset, sizes), now=0.0)
         return work_id
 
+    def lease_fresh(
+        self, worker: str, offset: int, sizes: list[int], now: float
+    ) -> tuple[int, int]:
+        """Take the next input lines into the queue, leased to a worker at once.
+
+        They stand in the input as for `open_lines`, and `may_open`. Returns the work id of the
+        first and the serial of its lease; those of the others count up from there.
+        """
+        known = self._know(worker, now) if worker else None
+        beats = known is not None and known.heartbeats
+        work_id, serial = self.next_work_id, self.next_serial
+        self._record(IssuedFresh(worker, beats, serial, work_id, offset, sizes), now)
+        self._note_leased(known, serial, len(sizes), now)
+        return work_id, serial
+
     def lease_ready(
-        self,
-        worker: str,
-        count: int,
-        now: float,
-        max_bytes: int = 1 << 62,
-        *,
-        solo: bool = True,
+        self, worker: str, count: int, now: float, max_bytes: int = 1 << 62
     ) -> list[Grant]:
         """Lease up to `count` ready items until `max_bytes` are reached.
 
         Items handed out before go first, lowest line first. One that was running when engines
-        died goes out alone, so that the worker can run nothing else beside it (`solo` False: not
-        now). While the run is paused there are none.
+        died goes out alone, so that the worker can run nothing else beside it. While the run is
+        paused there are none.
         """
         if self.pause is not None:
             return []
-        if solo and (item := self._ready.take_solo()):
+        if item := self._ready.take_solo():
             return self._lease([item], worker, now)
         beside = self.steps.size_of if len(self.steps) else None
         return self._lease(self._ready.take(count, max_bytes, beside), worker, now)
@@ -243,7 +271,7 @@ class WorkQueue:
             item = self.items.get(lease.work_id)
             if len(grants) == count or max_bytes <= 0:
                 break
-            if item is None or item.leases != [lease] or lease.worker == worker:
+            if item is None or item.leases != (lease,) or lease.worker == worker:
                 continue
             grants += self._lease([item], worker, now)
             max_bytes -= item.line_bytes + self.steps.size_of(item.work_id)
@@ -264,64 +292,52 @@ class WorkQueue:
         self, work_id: int, serial: int | None, result: bytes, *, error: str = "", now: float
     ) -> Outcome:
         """Take one result, as `finish_all` does."""
-        return self.finish_all([(work_id, serial, result, error)], now)[0]
+        arrivals = Arrivals([work_id], [serial], [msgspec.Raw(result)], [error])
+        return self.finish_all(arrivals, now)[0]
 
-    def finish_all(self, arrivals: Sequence[Arrival], now: float) -> list[Outcome]:
+    def finish_all(self, arrivals: Arrivals, now: float) -> list[Outcome]:
         """Take results. The first valid one of an item wins, whoever sends it, however late."""
-        named = {arrival[0] for arrival in arrivals}
+        named = set(arrivals.work_ids)
         taken = arrivals
-        outcomes = [Outcome.ACCEPTED] * len(arrivals)
-        if len(named) < len(arrivals) or not named <= self.items.keys():
+        outcomes = [Outcome.ACCEPTED] * len(arrivals.work_ids)
+        if len(named) < len(outcomes) or not named <= self.items.keys():
             taken, outcomes = self._sort_out(arrivals)
-        if not taken:
+        work_ids, serials, results, kinds = taken
+        if not work_ids:
             return outcomes
-        self._note_finishes(taken, now)
-        event = Finished(
-            [arrival[0] for arrival in taken],
-            [arrival[1] or 0 for arrival in taken],
-            _errors_in(taken),
-            [msgspec.Raw(arrival[2]) for arrival in taken],
-        )
-        self._record(event, now)
-        if event.errors:
+        errors = _lines_by_kind(work_ids, kinds) if any(kinds) else {}
+        event = Finished(work_ids, [serial or 0 for serial in serials], errors, results)
+        leases, storied = self._close(event)
+        self._events.append(event)
+        self._note_paces(leases, now)
+        for item in storied:
+            self._note_past(item, kinds[work_ids.index(item.work_id)] or "ok")
+        if errors:
             self._pause_if_too_many_failed()
         return outcomes
 
-    def _sort_out(self, arrivals: Sequence[Arrival]) -> tuple[list[Arrival], list[Outcome]]:
+    def _sort_out(self, arrivals: Arrivals) -> tuple[Arrivals, list[Outcome]]:
         """Return which of the results are wanted, and what becomes of each."""
-        taken: dict[int, Arrival] = {}
+        taken: dict[int, int] = {}  # work id -> place
         outcomes: list[Outcome] = []
-        for arrival in arrivals:
-            work_id = arrival[0]
+        for place, work_id in enumerate(arrivals.work_ids):
             if work_id not in taken and (
                 work_id in self.items or self._lines.is_replaceable(work_id)
             ):
-                taken[work_id] = arrival
+                taken[work_id] = place
                 outcomes.append(Outcome.ACCEPTED)
             else:
                 known = 0 <= work_id < self.next_work_id
                 outcomes.append(Outcome.DUPLICATE if known else Outcome.UNKNOWN)
-        return list(taken.values()), outcomes
+        return arrivals.at(taken.values()), outcomes
 
-    def _note_finishes(self, taken: Sequence[Arrival], now: float) -> None:
-        """Learn how fast workers are, and keep what lines went through for people to read."""
-        leases, items = self.leases, self.items
-        lasted_s: list[float] = []
-        by_worker: dict[str, int] = {}
-        for work_id, serial, _, kind in taken:
-            lease = leases.get(serial or 0)  # serials count from 1
-            if lease is not None and lease.work_id == work_id:
-                # As Lease.running_since has it, but for the cost of a property.
-                began_at = lease.started_at
-                lasted_s.append(now - (lease.issued_at if began_at is None else began_at))
-                by_worker[lease.worker] = by_worker.get(lease.worker, 0) + 1
-            item = items.get(work_id)
-            if item is not None and item.history:
-                self._note_past(item, kind or "ok")
-        self._durations.extend(lasted_s)
-        for name, count in by_worker.items():
+    def _note_paces(self, ended: Sequence[Lease], now: float) -> None:
+        """Learn how fast workers are, and how long items take."""
+        self._durations.extend([now - lease.running_since for lease in ended])
+        names = [lease.worker for lease in ended]
+        for name in set(names):
             if worker := self.workers.get(name):
-                worker.note_finishes(count, now)
+                worker.note_finishes(names.count(name), now)
 
     def fail(self, work_id: int, serial: int | None, reason: str, now: float) -> None:
         """End a lease, charged: what its worker sent is no result."""
@@ -397,7 +413,7 @@ class WorkQueue:
         # It was running, and long since: nobody may call it back, and should the worker vanish
         # before it says so again, that is a crash.
         young.progress = max(1, lease.progress)
-        young.started_at = lease.running_since
+        young.started, young.running_since = True, lease.running_since
         heapq.heappush(self._deadlines, (self._deadline(young, now), renewed, 1))
         return Renewal(True, lease_id(work_id, renewed), item.attempt)
 
@@ -582,8 +598,8 @@ class WorkQueue:
                 self._record(Watched(work_id, serial), now)
             lease.missed_heartbeats = 0
             if progress != lease.progress:
-                if progress > 0 and lease.started_at is None:
-                    lease.started_at = now
+                if progress > 0 and not lease.started:
+                    lease.started, lease.running_since = True, now
                 lease.progress, lease.progressed_at = progress, now
             if lease.recalled:
                 if lease.unstarted:
@@ -641,7 +657,7 @@ class WorkQueue:
             item.owes_charge,
             item.condemned,
             leases,
-            item.history,
+            [*item.history],
             item.fresh_starts,
             [StepState(position, note.hash, note.size) for position, note in steps],
         )
@@ -660,13 +676,13 @@ class WorkQueue:
                 saved.work_id,
                 saved.offset,
                 saved.line_bytes,
-                saved.retries,
-                saved.crashes,
-                saved.releases,
-                saved.attempt,
-                saved.owes_charge,
+                retries=saved.retries,
+                crashes=saved.crashes,
+                releases=saved.releases,
+                attempt=saved.attempt,
+                owes_charge=saved.owes_charge,
                 fresh_starts=saved.fresh_starts,
-                history=list(saved.history),
+                history=tuple(saved.history),
             )
             for step in saved.steps:
                 self.steps.add(saved.work_id, step.position, StepNote(step.hash, step.size))
@@ -674,9 +690,9 @@ class WorkQueue:
             self._lines.reopen(saved.work_id)
             for was in saved.leases:
                 lease = Lease(
-                    was.serial, item.work_id, was.worker, was.heartbeats, was.solo, now, now
+                    was.serial, item.work_id, was.worker, was.heartbeats, was.solo, now, now, now
                 )
-                item.leases.append(lease)
+                item.leases += (lease,)
                 self.leases[was.serial] = lease
                 if known := self.workers.get(was.worker):
                     known.leases[was.serial] = lease
@@ -688,7 +704,7 @@ class WorkQueue:
     def begin_again(self, now: float) -> None:
         """After a replay: nobody has spoken yet, so every lease and worker gets a fresh term."""
         for lease in self.leases.values():
-            lease.issued_at = lease.progressed_at = now
+            lease.issued_at = lease.progressed_at = lease.running_since = now
             lease.progress = PROGRESS_UNKNOWN
             if lease.worker:
                 worker = self._know(lease.worker, now)
@@ -744,22 +760,39 @@ class WorkQueue:
         self.next_offset = offset
 
     def _apply_finished(self, event: Finished, now: float) -> None:
-        items, leases = self.items, self.leases
-        for work_id in event.work_ids:
-            item = items.pop(work_id, None)
+        self._close(event)
+
+    def _close(self, event: Finished) -> tuple[list[Lease], list[Item]]:
+        """These items have their result; whoever still works on one works in vain.
+
+        Return the leases under which the results came, and the items that have a history.
+        """
+        take_item, leases, workers = self.items.pop, self.leases, self.workers
+        came_under: list[Lease] = []
+        storied: list[Item] = []
+        for work_id, serial in zip(event.work_ids, event.serials, strict=True):
+            item = take_item(work_id, None)
             if item is None:
                 if self._lines.had_tombstone(work_id):
                     self._undo_tombstone_count()
-            elif item.queued or len(item.leases) != 1 or item.leases[0].worker:
-                self._let_go(item)
-            else:
-                del leases[item.leases[0].serial]
+                continue
+            if item.queued:
+                self._ready.remove(item)
+            for lease in item.leases:
+                if lease.serial == serial:
+                    came_under.append(lease)
+                del leases[lease.serial]
+                if lease.worker and (worker := workers.get(lease.worker)):
+                    worker.leases.pop(lease.serial, None)
+            if item.history:
+                storied.append(item)
         self._lines.finish(event.work_ids)
         self.counters.done += len(event.work_ids)
         for kind, failed in event.errors.items():
             self.counters.add_errors(kind, len(failed))
             self._note_failed(kind, failed[-1])
         self.steps.apply(event)
+        return came_under, storied
 
     def _apply_tombstoned(self, event: Tombstoned, now: float) -> None:
         self.counters.done += 1
@@ -801,13 +834,33 @@ class WorkQueue:
                 elif item.condemned:  # in a replay only: the limit was lowered since
                     item.condemned = False
                     item.retries += 1
-                lease = Lease(serial, work_id, worker, event.heartbeats, event.solo, now, now)
-                item.leases.append(lease)
+                lease = Lease(serial, work_id, worker, event.heartbeats, event.solo, now, now, now)
+                item.leases += (lease,)
                 leases[serial] = lease
                 if known is not None:
                     known.leases[serial] = lease
             serial += 1
         self.counters.issued += len(event.work_ids)
+        self.next_serial = max(self.next_serial, serial)
+
+    def _apply_issued_fresh(self, event: IssuedFresh, now: float) -> None:
+        # As `event.parts()` one after the other, at half the cost.
+        items, leases = self.items, self.leases
+        worker, beats, offset = event.worker, event.heartbeats, event.offset
+        known = self.workers.get(worker) if worker else None
+        work_id, serial = event.work_id, event.serial
+        for size in event.sizes:
+            lease = Lease(serial, work_id, worker, beats, False, now, now, now)
+            items[work_id] = Item(work_id, offset, size, (lease,))
+            leases[serial] = lease
+            if known is not None:
+                known.leases[serial] = lease
+            work_id += 1
+            serial += 1
+            offset += size
+        self._lines.open(len(event.sizes))
+        self.next_offset = offset
+        self.counters.issued += len(event.sizes)
         self.next_serial = max(self.next_serial, serial)
 
     def _apply_ended(self, event: LeaseEnded, now: float) -> None:
@@ -817,7 +870,7 @@ class WorkQueue:
         self._drop_lease(lease)
         self.steps.apply(event)
         item = self.items[event.work_id]
-        item.leases.remove(lease)
+        item.leases = tuple(other for other in item.leases if other is not lease)
         item.fresh_starts += event.fresh_start
         counters = self.counters
         counters.returned += event.kind == "returned"
@@ -828,7 +881,7 @@ class WorkQueue:
         item.crashes += event.kind == "crashed"
         if event.kind in ("charged", "crashed"):
             ended = Ended(item.attempt, lease.worker, event.kind, event.reason, lease.solo)
-            item.history = [*item.history, ended][-self.policy.history_limit :]
+            item.history = (*item.history, ended)[-self.policy.history_limit :]
             item.owes_charge = item.owes_charge or _costs(ended)
         if item.leases:
             return  # a copy still runs; the attempt is judged when the last one ends
@@ -857,7 +910,7 @@ class WorkQueue:
         if item is None or not for_it:
             return
         taken_back = for_it[-1]
-        item.history = [ended for ended in item.history if ended is not taken_back]
+        item.history = tuple(ended for ended in item.history if ended is not taken_back)
         item.crashes = max(0, item.crashes - 1)
         others = [e for e in item.history if e.attempt == taken_back.attempt and _costs(e)]
         if not _costs(taken_back) or others:
@@ -889,13 +942,10 @@ class WorkQueue:
         self._blamed.pop(event.worker, None)
 
     def _let_go(self, item: Item) -> None:
-        """The item has its line of output; whoever still works on it works in vain."""
         if item.queued:
             self._ready.remove(item)
         for lease in item.leases:
-            del self.leases[lease.serial]
-            if lease.worker and (worker := self.workers.get(lease.worker)):
-                worker.leases.pop(lease.serial, None)
+            self._drop_lease(lease)
 
     def _undo_tombstone_count(self) -> None:
         # A late result replaces a tombstone that is not written yet.
@@ -921,11 +971,7 @@ class WorkQueue:
         beats = known is not None and known.heartbeats
         work_ids = [item.work_id for item in items]
         self._record(Issued(worker, beats, solo, serial, work_ids), now)
-        deadline = self._deadline(self.leases[serial], now)
-        heapq.heappush(self._deadlines, (deadline, serial, len(items)))
-        if known is not None:
-            known.idle_want = 0
-            known.vanished_at = None
+        self._note_leased(known, serial, len(items), now)
         return [
             Grant(
                 item.work_id,
@@ -940,13 +986,20 @@ class WorkQueue:
             for place, item in enumerate(items)
         ]
 
+    def _note_leased(self, known: Worker | None, serial: int, count: int, now: float) -> None:
+        deadline = self._deadline(self.leases[serial], now)
+        heapq.heappush(self._deadlines, (deadline, serial, count))
+        if known is not None:
+            known.idle_want = 0
+            known.vanished_at = None
+
     def _find_lease(self, work_id: int, serial: int | None) -> Lease | None:
         """Find a live lease; a client that names none means its oldest anonymous one."""
         if serial is not None:
             lease = self.leases.get(serial)
             return lease if lease is not None and lease.work_id == work_id else None
         item = self.items.get(work_id)
-        leases = item.leases if item is not None else []
+        leases = item.leases if item is not None else ()
         return next((lease for lease in leases if not lease.heartbeats), None)
 
     # ---------------------------------------------------------------- inside: workers
@@ -1108,10 +1161,10 @@ MAX_RETRIES_EXCEEDED = "max_retries_exceeded"
 """The error of the tombstone an item gets when it runs out of reissues."""
 
 
-def _errors_in(arrivals: Sequence[Arrival]) -> dict[str, list[int]]:
-    """Return the lines among them whose result is an `__ERROR__`, by its kind."""
+def _lines_by_kind(work_ids: Sequence[int], kinds: Sequence[str]) -> dict[str, list[int]]:
+    """Return the lines that have an error, by its kind."""
     errors: dict[str, list[int]] = {}
-    for work_id, _, _, kind in arrivals:
+    for work_id, kind in zip(work_ids, kinds, strict=True):
         if kind:
             errors.setdefault(kind, []).append(work_id)
     return errors

@@ -20,7 +20,9 @@ _PACE_WEIGHT = 0.2
 class Lease(msgspec.Struct, eq=False, gc=False):
     """The right of one worker to work on one item for a while.
 
-    `progress` is 0 while the item waits on the worker and grows with every step.
+    `progress` is 0 while the item waits on the worker and grows with every step. `running_since`
+    is when work on the item began, as far as is known: when it was handed out, until its worker
+    says that it is `started`.
     """
 
     serial: int
@@ -30,8 +32,9 @@ class Lease(msgspec.Struct, eq=False, gc=False):
     solo: bool
     issued_at: float
     progressed_at: float
+    running_since: float
     progress: int = 0
-    started_at: float | None = None
+    started: bool = False
     missed_heartbeats: int = 0
     recalled: bool = False
 
@@ -39,11 +42,6 @@ class Lease(msgspec.Struct, eq=False, gc=False):
     def unstarted(self) -> bool:
         """True when the worker is known to hold the item without working on it."""
         return self.heartbeats and self.progress == 0
-
-    @property
-    def running_since(self) -> float:
-        """When work on the item began, as far as is known."""
-        return self.issued_at if self.started_at is None else self.started_at
 
 
 @dataclass(slots=True, eq=False)

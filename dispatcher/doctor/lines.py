@@ -13,7 +13,8 @@ from dispatcher.storage.inputs.beginning import Beginning, beginning_of
 from dispatcher.storage.inputs.compressed import FIRST_BYTES
 from dispatcher.storage.inputs.opening import reader_of
 from dispatcher.storage.inputs.reader import InputReader
-from dispatcher.storage.source import InputLine, LineSource
+from dispatcher.storage.lines import InputLine
+from dispatcher.storage.source import LineSource
 
 CHECK = "input"
 _WHOLE_BYTES = 4 << 20
@@ -148,7 +149,7 @@ def _read(source: LineSource, begin: int, end: int) -> list[InputLine]:
     lines: list[InputLine] = []
     while begin < end and (more := source.scan(begin, _PART_LINES, _PART_BYTES)):
         lines += more
-        begin = more[-1].next_offset
+        begin = more.end
     return lines
 
 

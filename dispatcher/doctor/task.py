@@ -13,7 +13,7 @@ from typing import Any
 from dispatcher.doctor.finding import Finding, ok, problem, warning
 from dispatcher.models import WorkItem
 from dispatcher.preview.text import printable
-from dispatcher.storage.source import InputLine
+from dispatcher.storage.lines import InputLine
 from dispatcher.taskmanager.execution import Answered, Attempt, Raised, WantsRetry, task_of_line
 from dispatcher.taskmanager.task.loading import load_task
 

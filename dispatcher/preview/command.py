@@ -26,7 +26,8 @@ from dispatcher.preview.text import SHOWN_CHARACTERS, Row, Writer, summary
 from dispatcher.run_command import Start
 from dispatcher.storage.inputs.beginning import beginning_of
 from dispatcher.storage.inputs.opening import reader_of
-from dispatcher.storage.source import InputLine, LineSource
+from dispatcher.storage.lines import InputLine
+from dispatcher.storage.source import LineSource
 from dispatcher.taskmanager.backend.making import check_keys, make_backend
 from dispatcher.taskmanager.backend.reading import backends_of
 from dispatcher.taskmanager.backend.settings import Backends
@@ -116,7 +117,7 @@ def _first_lines(
         if not more:
             break
         lines += more
-        offset = more[-1].next_offset
+        offset = more.end
     if not lines:
         raise UsageError(f"the input {name} is empty; there is nothing to preview")
     in_all = len(lines) * size_bytes / offset if size_bytes is not None else 0

@@ -10,7 +10,7 @@ from functools import partial
 
 from dispatcher.models import ModelStats, WorkItem
 from dispatcher.preview.record import Exchange, LineRecord
-from dispatcher.storage.source import InputLine
+from dispatcher.storage.lines import InputLine
 from dispatcher.taskmanager.backend.base import Backend, CrashHandler
 from dispatcher.taskmanager.backend.request import Request, Response
 from dispatcher.taskmanager.execution import (

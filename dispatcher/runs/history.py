@@ -14,6 +14,7 @@ from dispatcher.core.events import (
     Ended,
     Finished,
     Issued,
+    IssuedFresh,
     ItemState,
     LeaseEnded,
     Opened,
@@ -142,6 +143,9 @@ class Follower:
                     self._apply(Opened(self.work_id, 0, [record.sizes[place]]))
             case Issued() if self.work_id in record.work_ids:
                 self._note_issue(record)
+            case IssuedFresh():
+                for part in record.parts():
+                    self.see(part)
             case Finished() if self.work_id in record.work_ids:
                 self._note_result(record)
             case Tombstoned() if record.work_id == self.work_id:

@@ -6,6 +6,7 @@ the worker's own bytes, so that it can be copied from the journal to the output 
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from dispatcher.core.events import (
     FailuresPaused,
     Finished,
     Issued,
+    IssuedFresh,
     Joined,
     LeaseEnded,
     Left,
@@ -77,6 +79,7 @@ Record = (
     | OutputPosition
     | Opened
     | Issued
+    | IssuedFresh
     | Watched
     | Finished
     | Tombstoned
@@ -111,22 +114,20 @@ class Location(msgspec.Struct, frozen=True, gc=False):
     length: int
 
 
-def payloads(record: Record, end: int) -> tuple[list[int], list[int], list[bytes]]:
+def payloads(record: Record, end: int) -> tuple[list[int], list[int], list[msgspec.Raw]]:
     """Return the results in a record that ends at byte `end`: whose, where they begin, and they.
 
     They stand last in it, one behind the other with a comma between, before its closing brackets.
     """
     if type(record) is Finished:
-        results = [bytes(result) for result in record.results]
-        offsets: list[int] = []
-        place = end - len("]]") - sum(map(len, results)) - (len(results) - 1)
-        for result in results:
-            offsets.append(place)
-            place += len(result) + 1
-        return record.work_ids, offsets, results
+        # All the places where one begins, and where the next one would.
+        steps = [len(result) + 1 for result in record.results]
+        first = end - len("]]") - sum(steps) + 1
+        offsets = [*itertools.accumulate(steps, initial=first)]
+        offsets.pop()
+        return record.work_ids, offsets, record.results
     if type(record) is Tombstoned:
-        result = bytes(record.result)
-        return [record.work_id], [end - len("]") - len(result)], [result]
+        return [record.work_id], [end - len("]") - len(record.result)], [record.result]
     return [], [], []
 
 

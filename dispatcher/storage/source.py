@@ -12,27 +12,13 @@ import stat
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import msgspec
-
 from dispatcher.errors import StateError, UsageError
 from dispatcher.storage.inputs.fingerprints import fingerprint_of
+from dispatcher.storage.lines import InputLine, Lines
 
 _CHUNK_BYTES = 1 << 20
 _PLAIN_BYTES = 1 << 18
 _BOM = b"\xef\xbb\xbf"
-
-
-class InputLine(msgspec.Struct, frozen=True, gc=False):
-    """One line: its text, or why it cannot be handed out.
-
-    `defect` is one of `blank_line`, `undecodable_line`, `line_too_long`; `text` is then what can
-    be shown of it.
-    """
-
-    offset: int
-    next_offset: int
-    text: str
-    defect: str | None = None
 
 
 class LineSource:
@@ -64,35 +50,41 @@ class LineSource:
         assert self.is_whole
         return self.available_bytes
 
-    def scan(self, offset: int, max_lines: int, max_bytes: int) -> list[InputLine]:
+    def scan(self, offset: int, max_lines: int, max_bytes: int) -> Lines:
         """Return the next lines from `offset`: at least one unless there are no more."""
-        lines = self._scan_plain(offset, max_lines, max_bytes) if offset else []
+        lines = self._scan_plain(offset, max_lines, max_bytes) if offset else Lines(offset)
         if lines:
             return lines
         self._file.seek(offset)
-        end = offset + max_bytes
-        while len(lines) < max_lines and offset < min(end, self.available_bytes):
+        end = min(offset + max_bytes, self.available_bytes)
+        while len(lines) < max_lines and offset < end:
             line = self._read_line(offset, self.max_line_bytes)
             lines.append(line)
             offset = line.next_offset
         return lines
 
-    def _scan_plain(self, offset: int, max_lines: int, max_bytes: int) -> list[InputLine]:
+    def _scan_plain(self, offset: int, max_lines: int, max_bytes: int) -> Lines:
         """Return the next lines up to the first that needs a closer look: most files have none."""
         left = self.available_bytes - offset
         data = os.pread(self._file.fileno(), min(_PLAIN_BYTES, max_bytes, left), offset)
-        lines: list[InputLine] = []
-        for raw in data.split(b"\n", max_lines)[:-1]:
-            next_offset = offset + len(raw) + 1
-            try:
-                text = raw.decode()
-            except UnicodeDecodeError:
-                break
-            if not text or text.isspace() or len(raw) >= self.max_line_bytes:
-                break
-            lines.append(InputLine(offset, next_offset, text))
-            offset = next_offset
-        return lines
+        try:
+            texts = data[: data.rfind(b"\n") + 1].decode().split("\n", max_lines)
+        except UnicodeDecodeError as error:
+            whole = data[: data.rfind(b"\n", 0, error.start) + 1]
+            texts = whole.decode().split("\n", max_lines)
+        texts.pop()  # what follows the last line end, or the last line asked for
+        if not texts:
+            return Lines(offset)
+        raw = texts if data.isascii() else data.split(b"\n", len(texts))[: len(texts)]
+        sizes = [size + 1 for size in map(len, raw)]
+        if "" in texts or any(map(str.isspace, texts)) or max(sizes) > self.max_line_bytes:
+            odd = next(
+                place
+                for place, (text, size) in enumerate(zip(texts, sizes, strict=True))
+                if not text.strip() or size > self.max_line_bytes
+            )
+            texts, sizes = texts[:odd], sizes[:odd]
+        return Lines(offset, texts, sizes)
 
     def fetch(self, offset: int) -> InputLine:
         """Return the line that begins at `offset`, whole: it was within the limit once."""

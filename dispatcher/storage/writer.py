@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
+
 from dispatcher.core.buckets import COMMIT_BOUNDS_BYTES, SYNC_BOUNDS_S, Buckets
 from dispatcher.core.events import (
     Event,
@@ -75,7 +77,7 @@ class Batch:
     body: bytearray = field(default_factory=bytearray)
     work_ids: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
-    results: list[bytes] = field(default_factory=list)
+    results: list[msgspec.Raw] = field(default_factory=list)
     step_events: list[tuple[Event, int]] = field(default_factory=list)
     pasts: list[Past] = field(default_factory=list)
     prefix: int = 0
@@ -217,8 +219,7 @@ class RunWriter:
             self._note_waiting(batch, offsets)
             return
         self._append_output(batch.prefix, dict(zip(batch.work_ids, batch.results, strict=True)))
-        if batch.results:
-            self._note_waiting(batch, offsets)
+        self._note_waiting(batch, offsets)
         if batch.state is not None:
             self._rotate(batch.state)
         if position is not None:
@@ -287,6 +288,8 @@ class RunWriter:
     def _note_waiting(self, batch: Batch, offsets: list[int]) -> None:
         """Index the results that could not be written yet."""
         written = self.output.written
+        if max(batch.work_ids, default=-1) < written:
+            return
         waiting = [n for n, work_id in enumerate(batch.work_ids) if work_id >= written]
         self._index.set_all(
             self._journal.current_segment,
@@ -295,7 +298,7 @@ class RunWriter:
             [len(batch.results[n]) for n in waiting],
         )
 
-    def _append_output(self, prefix: int, fresh: dict[int, bytes]) -> None:
+    def _append_output(self, prefix: int, fresh: dict[int, msgspec.Raw]) -> None:
         """Write the next results of the prefix; the rest follows with the next batches."""
         first = self.output.written
         if self._output_lost or first >= prefix:

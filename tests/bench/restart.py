@@ -25,6 +25,7 @@ from dispatcher.storage.run_state import make_state_dir
 from dispatcher.storage.writer import Batch, RunWriter
 from tests.bench.measure import peak_mib, started
 from tests.bench.server_cost import READY, first_item
+from tests.support.queues import arrivals
 
 _BATCH = 2048
 _SPARE_LINES = 1000
@@ -55,7 +56,8 @@ def make_run(settings: RunSettings, lines: int, result: bytes, *, stuck: bool) -
     while queue.next_work_id < lines:
         queue.open_lines(queue.next_offset, [len(_LINE)] * min(_BATCH, lines - queue.next_work_id))
         grants = queue.lease_ready("", _BATCH, 0.0)
-        queue.finish_all([(grant.work_id, None, result, "") for grant in grants], 1.0)
+        came = [(grant.work_id, None, result, "") for grant in grants]
+        queue.finish_all(arrivals(*came), 1.0)
         write_batch(queue, writer)
     while writer.output.written < queue.first_open:
         write_batch(queue, writer)

@@ -19,6 +19,7 @@ from dispatcher.core.failures import (
 )
 from dispatcher.core.grants import Grant, parse_lease_id
 from dispatcher.core.work_queue import MAX_RETRIES_EXCEEDED, QueuePolicy, WorkQueue
+from tests.support.queues import arrivals
 
 FINE = b'{"answer": 1}'
 FAILED = b'{"__ERROR__": {"error": "no_answer"}}'
@@ -86,13 +87,13 @@ class Run:
 
     def finish(self, grants: list[Grant], failed: int = 0) -> None:
         """The first `failed` of them fail."""
-        arrivals = [
+        came = [
             (grant.work_id, serial_of(grant), FAILED, "no_answer")
             if place < failed
             else (grant.work_id, serial_of(grant), FINE, "")
             for place, grant in enumerate(grants)
         ]
-        self.queue.finish_all(arrivals, NOW)
+        self.queue.finish_all(arrivals(*came), NOW)
 
     def restarted(self, policy: QueuePolicy | None = None) -> WorkQueue:
         """Replay everything that happened, as a start of the server does."""

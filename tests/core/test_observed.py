@@ -10,6 +10,7 @@ from dispatcher.core.events import Finished, Tombstoned
 from dispatcher.core.observed import MOST_ERRORS, MOST_MARKS, LineMarks, Mark, Observed
 from dispatcher.core.observed import error_message as message
 from dispatcher.core.workers import Lease
+from tests.support.queues import arrivals
 
 
 def error(**fields: object) -> bytes:
@@ -37,8 +38,9 @@ def test_the_latest_failed_lines_are_told_newest_first_and_no_other() -> None:
 def test_who_gave_the_result_is_known_where_the_lease_was() -> None:
     observed = Observed()
     bad = error(error="bad")
-    lease = Lease(9, 4, "node1", True, False, 0.0, 0.0)
-    observed.meet([(4, 9, bad, "bad"), (5, None, bad, "bad"), (6, 9, b"{}", "")], {9: lease})
+    lease = Lease(9, 4, "node1", True, False, 0.0, 0.0, 0.0)
+    came = arrivals((4, 9, bad, "bad"), (5, None, bad, "bad"), (6, 9, b"{}", ""))
+    observed.meet(came, {9: lease})
     observed.see([finished({4: bad, 5: bad}, {"bad": [4, 5]})], 1.0)
     assert [(f.line, f.worker) for f in observed.latest_failed()] == [(5, ""), (4, "node1")]
     assert observed.giver_of(4) == "node1"
@@ -47,18 +49,18 @@ def test_who_gave_the_result_is_known_where_the_lease_was() -> None:
 
 def test_however_many_lines_fail_few_are_kept_and_little_of_each() -> None:
     observed = Observed()
-    lease = Lease(1, 0, "w", True, False, 0.0, 0.0)
+    lease = Lease(1, 0, "w", True, False, 0.0, 0.0, 0.0)
     large = error(error="bad", message="m" * 100_000)
     for line in range(1000):
-        observed.meet([(line, 1, large, "bad")] * 3, {1: lease})
+        observed.meet(arrivals(*[(line, 1, large, "bad")] * 3), {1: lease})
         observed.see([finished({line: large}, {"bad": [line]})], 0.0)
     latest = observed.latest_failed()
     assert [each.line for each in latest] == [*range(999, 999 - MOST_ERRORS, -1)]
     assert max(len(each.message) for each in latest) == 300
     kept = sum(len(said) for _, _, said, _, _ in observed._failed)
     assert kept <= MOST_ERRORS * 4096
-    for line in range(5000):
-        observed.meet([(line, 1, large, "bad")], {1: lease})  # duplicates, which no event tells
+    for line in range(5000):  # duplicates, which no event tells
+        observed.meet(arrivals((line, 1, large, "bad")), {1: lease})
     assert len(observed._givers) <= MOST_ERRORS + 1
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from dispatcher.core.results import error_kind, lease_serials, valid_results
+from dispatcher.core.results import error_kind, error_kinds, lease_serials
+from dispatcher.core.results import valid_results as valid_raw_results
 
 GOOD = ['{"a": 1}', "[1, 2]", '"a,b"', "0", "null", '{"__ERROR__": {}}', '"\u00e9\U0001f600"']
-BAD = ["", "{", "1,2", "1 2", "[3", "4]", '"a\nb"', "{}\r", "nan", '"\ud800"', "[" * 100_000, None]
+BAD = ["", "{", "1,2", "1 2", "[3", "4]", '"a\nb"', "{}\r", "nan", '"\ud800"', "[" * 100_000]
+
+
+def valid_results(texts: list[str], max_bytes: int) -> list[bytes | None]:
+    found = valid_raw_results(texts, max_bytes)
+    return [None if result is None else bytes(result) for result in found]
 
 
 @pytest.mark.parametrize("text", GOOD)
@@ -16,12 +22,12 @@ def test_json_on_one_line_is_a_result(text: str) -> None:
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_anything_else_is_none(text: str | None) -> None:
+def test_anything_else_is_none(text: str) -> None:
     assert valid_results([text], 1 << 20) == [None]
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_bad_result_leaves_the_others_as_they_are(bad: str | None) -> None:
+def test_a_bad_result_leaves_the_others_as_they_are(bad: str) -> None:
     expected = [text.encode() for text in GOOD]
     assert valid_results([*GOOD, bad, *GOOD], 1 << 20) == [*expected, None, *expected]
 
@@ -91,3 +97,5 @@ def test_leases_are_not_mixed_up_by_what_looks_like_two_of_them() -> None:
 )
 def test_an_error_line_tells_its_kind(result: bytes, kind: str) -> None:
     assert error_kind(result) == kind
+    text = result.decode()
+    assert error_kinds(["1", text, f" \t{text} "]) == ["", kind, kind]

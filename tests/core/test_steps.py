@@ -20,6 +20,7 @@ from dispatcher.core.work_queue import (
     parse_lease_id,
 )
 from dispatcher.models import StepOutcome
+from tests.support.queues import arrivals
 
 ACCEPTED, STALE, FULL = StepOutcome.ACCEPTED, StepOutcome.STALE, StepOutcome.FULL
 DONE = b'{"answer": 1}'
@@ -360,7 +361,7 @@ def test_the_end_of_one_item_leaves_the_steps_of_the_others() -> None:
     grants = queue.lease_ready("", 3, 0.0)
     for grant in grants:
         record(queue, grant, (0, 0), "h", b"1" * (grant.work_id + 1))
-    queue.finish_all([(1, None, DONE, "")], 1.0)
+    queue.finish_all(arrivals((1, None, DONE, "")), 1.0)
     assert [work_id for work_id, _ in queue.steps] == [0, 2]
     assert (queue.steps.size, queue.steps.size_of(1)) == (1 + 3, 0)
 

@@ -14,6 +14,7 @@ from dispatcher.core.events import (
     Event,
     Finished,
     Issued,
+    IssuedFresh,
     Joined,
     LeaseEnded,
     Opened,
@@ -35,6 +36,7 @@ from dispatcher.core.work_queue import (
 )
 from dispatcher.core.workers import PROGRESS_UNKNOWN
 from dispatcher.models import Outcome, StepOutcome
+from tests.support.queues import arrivals, lease_fresh
 
 TERM_S = 30.0
 GONE_S = TERM_S + 1.0
@@ -1385,9 +1387,8 @@ class Life:
     def do_lease(self, x: int, y: int, z: int) -> None:
         worker = WORKERS[x % len(WORKERS)]
         grants = self.queue.lease_ready(worker, 1 + y % 3, self.now)
-        if not grants and z % 2:
-            open_lines(self.queue, 1 + z % 3)
-            grants = self.queue.lease_ready(worker, 1 + y % 3, self.now)
+        if not grants and self.queue.may_open() and z % 2:
+            grants = lease_fresh(self.queue, worker, [10] * (1 + z % 3), self.now)
         self.grants += [(worker, grant) for grant in grants]
 
     def do_doom(self, x: int, y: int, z: int) -> None:
@@ -1410,9 +1411,9 @@ class Life:
 
     def do_finish_many(self, x: int, y: int, z: int) -> None:
         picked = [found[1] for n in range(1 + y % 4) if (found := self.pick(x + n))]
-        arrivals = [(g.work_id, serial(g), DONE, "x" * (z % 2)) for g in picked]
+        came = [(g.work_id, serial(g), DONE, "x" * (z % 2)) for g in picked]
         before = {g.work_id for g in picked} & set(self.queue.items)
-        outcomes = self.queue.finish_all(arrivals, self.now)
+        outcomes = self.queue.finish_all(arrivals(*came), self.now)
         accepted = [
             g.work_id for g, o in zip(picked, outcomes, strict=True) if o is Outcome.ACCEPTED
         ]
@@ -1601,6 +1602,54 @@ def test_items_handed_out_together_are_one_event_and_each_has_its_own_lease() ->
     assert queue.counters.issued == 3
 
 
+@pytest.mark.parametrize("worker", ["", "silent", "beating"])
+def test_lines_leased_as_they_are_read_are_as_lines_read_first_and_leased_then(worker: str) -> None:
+    at_once, one_by_one = queue_of(2), queue_of(2)
+    for queue in (at_once, one_by_one):
+        beat(queue, "beating", now=0.0)
+        queue.lease_ready("other", 2, now=0.0)
+    grants = lease_fresh(at_once, worker, [10, 20, 30], now=1.0)
+    one_by_one.open_lines(one_by_one.next_offset, [10, 20, 30])
+
+    assert grants == one_by_one.lease_ready(worker, 3, now=1.0)
+    assert at_once.checkpoint() == one_by_one.checkpoint()
+    assert at_once.leases.keys() == one_by_one.leases.keys()
+    for name, known in one_by_one.workers.items():
+        assert at_once.workers[name].leases.keys() == known.leases.keys()
+    assert restarted(at_once, 1.0).checkpoint() == restarted(one_by_one, 1.0).checkpoint()
+
+
+def test_lines_leased_as_they_are_read_are_one_event_that_tells_of_its_parts() -> None:
+    queue = queue_of(1)
+    queue.lease_ready("", 1, now=0.0)
+    queue.take_events()
+    lease_fresh(queue, "a", [10, 20], now=1.0)
+    (event,) = queue.take_events()
+    assert event == IssuedFresh("a", False, 2, 1, LINE_BYTES, [10, 20])
+    assert event.parts() == (
+        Opened(1, LINE_BYTES, [10, 20]),
+        Issued("a", False, False, 2, [1, 2]),
+    )
+
+
+def test_a_worker_that_gets_lines_as_they_are_read_is_idle_no_more() -> None:
+    queue = queue_of(0)
+    beat(queue, "a", now=0.0)
+    queue.note_idle("a", 4)
+    lease_fresh(queue, "a", [10], now=5.0)
+    assert queue.workers["a"].idle_want == 0
+    assert queue.workers["a"].last_seen_at == 5.0
+
+
+def test_lines_leased_as_they_are_read_time_out_like_others() -> None:
+    queue = queue_of(0)
+    lease_fresh(queue, "", [10, 10], now=0.0)
+    queue.expire(TIMEOUT_S - 1)
+    assert len(queue.leases) == 2
+    queue.expire(TIMEOUT_S)
+    assert (len(queue.leases), queue.ready_count, queue.counters.charged) == (0, 2, 2)
+
+
 def test_results_taken_together_are_one_event_and_each_is_answered_for_itself() -> None:
     queue = queue_of(5)
     first, second, third = queue.lease_ready("", 3, now=0.0)
@@ -1608,13 +1657,13 @@ def test_results_taken_together_are_one_event_and_each_is_answered_for_itself() 
     queue.take_events()
 
     outcomes = queue.finish_all(
-        [
+        arrivals(
             (second.work_id, serial(second), DONE, ""),
             (first.work_id, serial(first), OTHER, ""),
             (third.work_id, None, b'{"__ERROR__": {}}', "x"),
             (second.work_id, serial(second), OTHER, "x"),
             (99, None, DONE, ""),
-        ],
+        ),
         now=1.0,
     )
 
@@ -1642,8 +1691,9 @@ def test_results_that_change_nothing_make_no_event() -> None:
     queue = queue_of(1)
     finish(queue, grant := lease_one(queue, "", now=0.0))
     queue.take_events()
-    assert queue.finish_all([(0, serial(grant), OTHER, "")], now=1.0) == [Outcome.DUPLICATE]
-    assert queue.finish_all([], now=1.0) == []
+    twice = arrivals((0, serial(grant), OTHER, ""))
+    assert queue.finish_all(twice, now=1.0) == [Outcome.DUPLICATE]
+    assert queue.finish_all(arrivals(), now=1.0) == []
     assert queue.take_events() == []
 
 

@@ -44,6 +44,7 @@ from dispatcher.core.work_queue import (
     parse_lease_id,
 )
 from dispatcher.models import Outcome, StepOutcome
+from tests.support.queues import arrivals, lease_fresh
 
 SEED = int(os.environ.get("DISPATCHER_TEST_SEED", "20250701"))
 SEQUENCES = int(os.environ.get("DISPATCHER_TEST_SEQUENCES", "2100"))
@@ -246,7 +247,7 @@ class Model:
 
     # ---- handing out
 
-    def hand_outs(self, count: int, max_bytes: int, solo: bool) -> list[list[int]]:
+    def hand_outs(self, count: int, max_bytes: int) -> list[list[int]]:
         """Return the acceptable answers to a call for work.
 
         What was handed out before goes first, then lines in their order. An item whose crashes
@@ -257,10 +258,6 @@ class Model:
         ready = sorted(self.ready, key=lambda i: (self.lines[i].fresh, i))
         alone = [i for i in ready if self.lines[i].solo]
         forgiven = [i for i in ready if self.lines[i].was_solo and i not in alone]
-        if not solo:
-            together = [i for i in ready if i not in alone]
-            without = [i for i in together if i not in forgiven]
-            return [self._fill(x, count, max_bytes) for x in (together, without)]
         first = alone[:1] or self._fill(ready, count, max_bytes)
         return [first, *([i] for i in forgiven)]
 
@@ -898,11 +895,9 @@ class Life(RuleBasedStateMachine):
         self.model.expire(self.now)
         self.take_events()
 
-    def ask_ready(
-        self, worker: str, count: int, max_bytes: int = 1 << 62, solo: bool = True
-    ) -> list[Grant]:
-        expected = self.model.hand_outs(count, max_bytes, solo)
-        grants = self.queue.lease_ready(worker, count, self.now, max_bytes, solo=solo)
+    def ask_ready(self, worker: str, count: int, max_bytes: int = 1 << 62) -> list[Grant]:
+        expected = self.model.hand_outs(count, max_bytes)
+        grants = self.queue.lease_ready(worker, count, self.now, max_bytes)
         given = [grant.work_id for grant in grants]
         assert given in expected, f"{given} were handed out, not {expected[0]}"
         self.note_grants(worker, grants)
@@ -983,9 +978,19 @@ class Life(RuleBasedStateMachine):
         self.queue.end_of_input()
         self.model.input_ended = True
 
-    @rule(worker=anybody, count=few, max_bytes=st.sampled_from([1 << 62, 15]), solo=yes_or_no)
-    def ask_for_work(self, worker: str, count: int, max_bytes: int, solo: bool) -> None:
-        self.ask_ready(worker, count, max_bytes, solo)
+    @rule(worker=anybody, count=few, max_bytes=st.sampled_from([1 << 62, 15]))
+    def ask_for_work(self, worker: str, count: int, max_bytes: int) -> None:
+        self.ask_ready(worker, count, max_bytes)
+
+    @precondition(lambda self: self.model.may_open)
+    @rule(worker=anybody, sizes=st.lists(st.integers(1, 30), min_size=1, max_size=4))
+    def ask_for_fresh_work(self, worker: str, sizes: list[int]) -> None:
+        sizes = sizes[: self.model.room]
+        grants = lease_fresh(self.queue, worker, sizes, self.now)
+        for grant in grants:
+            self.model.lines.append(Line(grant.offset, grant.line_bytes))
+        self.note_grants(worker, grants)
+        self.take_events()
 
     @rule(worker=worker_names, count=few)
     def start_an_item(self, worker: str, count: int) -> None:
@@ -1076,9 +1081,9 @@ class Life(RuleBasedStateMachine):
     @rule(nths=st.lists(some, min_size=2, max_size=5))
     def finish_many(self, nths: list[int]) -> None:
         """Results come in one call, and some of them twice."""
-        arrivals = [(*self.pick(nth)[1:], DONE, "") for nth in nths]
-        expected = [self.model.finish(*arrival[:2], False, self.now) for arrival in arrivals]
-        assert self.queue.finish_all(arrivals, self.now) == expected
+        came = [(*self.pick(nth)[1:], DONE, "") for nth in nths]
+        expected = [self.model.finish(*arrival[:2], False, self.now) for arrival in came]
+        assert self.queue.finish_all(arrivals(*came), self.now) == expected
         self.take_events()
 
     @rule(nth=some)
@@ -1667,7 +1672,8 @@ def test_an_item_that_must_run_alone_is_not_handed_out_with_others_after_a_resta
     life.give_an_item_back_often("a", 2, CRASH)
     life.restart(0, True)
 
-    assert [grant.work_id for grant in life.ask_ready("b", 3, solo=False)] == [1, 2]
+    assert [grant.work_id for grant in life.ask_ready("b", 3)] == [0]
+    assert [grant.work_id for grant in life.ask_ready("b", 3)] == [1, 2]
 
 
 def test_a_worker_that_a_rebuilt_queue_adopts_is_in_its_events_too() -> None:

@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 
 from dispatcher.client import WorkClient
-from dispatcher.core.events import Absolved, Event, Issued, LeaseEnded
+from dispatcher.core.events import Absolved, Event, Issued, IssuedFresh, LeaseEnded
 from dispatcher.models import HeartbeatRequest
 from dispatcher.storage.records import decode_record
 from tests.faults.kill_clients import Client, Dropper, OldClient, Plodder, Run, Sitter, make_client
@@ -438,7 +438,8 @@ class WorkerKiller:
         workers: dict[int, str] = {}
         alone: set[int] = set()
         blamed: dict[tuple[int, str], list[bool]] = {}
-        for event in events:
+        split = [part for x in events for part in (x.parts() if type(x) is IssuedFresh else (x,))]
+        for event in split:
             match event:
                 case Issued(worker, _, solo, serial, work_ids):
                     leases = range(serial, serial + len(work_ids))

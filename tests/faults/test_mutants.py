@@ -295,18 +295,35 @@ MUTANTS = [
     Mutant(
         "the retries of an item are not restored",
         QUEUE,
-        "                saved.retries,\n",
-        "                0,\n",
+        "                retries=saved.retries,\n",
+        "",
         CRASHES,
         r"False = same\(QueueState",
     ),
     Mutant(
         "the attempt of an item is not restored",
         QUEUE,
-        "                saved.attempt,\n",
-        "                1,\n",
+        "                attempt=saved.attempt,\n",
+        "",
         CRASHES,
         r"False = same\(QueueState",
+    ),
+    Mutant(
+        "a restart forgets which worker has the lines that went out as they were read",
+        QUEUE,
+        "            lease = Lease(serial, work_id, worker, beats, False, now, now, now)\n",
+        '            lease = Lease(serial, work_id, "", False, False, now, now, now)\n',
+        IN_CORE + "test_lines_leased_as_they_are_read_are_as_lines_read_first_and_leased_then",
+        "assert QueueState",
+    ),
+    Mutant(
+        "a lease of lines that went out as they were read has the number of another one",
+        QUEUE,
+        "        self.counters.issued += len(event.sizes)\n"
+        "        self.next_serial = max(self.next_serial, serial)\n",
+        "        self.counters.issued += len(event.sizes)\n",
+        IN_CORE + "test_lines_leased_as_they_are_read_are_as_lines_read_first_and_leased_then",
+        "assert QueueState",
     ),
     Mutant(
         "leases are not restored",
@@ -354,9 +371,9 @@ MUTANTS = [
     Mutant(
         "a late result is acknowledged and dropped",
         QUEUE,
-        "        if not taken:\n",
-        "        taken = [late for late in taken if late[1] in (None, *self.leases)]\n"
-        "        if not taken:\n",
+        "        work_ids, serials, results, kinds = taken\n",
+        "        live = [n for n, s in enumerate(taken.serials) if s in (None, *self.leases)]\n"
+        "        work_ids, serials, results, kinds = taken.at(live)\n",
         SEEDS,
         "two different results|was done and was handed out again|is lost",
     ),
@@ -470,8 +487,8 @@ MUTANTS = [
     Mutant(
         "lines run twice because the copy of the input is behind",
         SERVICE,
-        "        if not grants and not queue.may_open():\n",
-        "        if not grants:\n",
+        "        if not (grants or fresh or self._draining or queue.may_open()):\n",
+        "        if not (grants or fresh or self._draining):\n",
         GROWS + "test_copies_of_long_running_lines_are_not_given_because_the_copy_is_behind",
         r"\['idle'\] == \[\]",
     ),

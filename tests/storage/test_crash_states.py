@@ -26,7 +26,7 @@ import yaml
 from dispatcher.config import RunSettings
 from dispatcher.core.events import Finished, Position, QueueState
 from dispatcher.core.pausing import Pause
-from dispatcher.core.work_queue import MAX_RETRIES_EXCEEDED, QueuePolicy, WorkQueue
+from dispatcher.core.work_queue import MAX_RETRIES_EXCEEDED, Grant, QueuePolicy, WorkQueue
 from dispatcher.core.workers import PROGRESS_UNKNOWN
 from dispatcher.errors import CorruptJournalError, DispatcherError, StateError, StorageFullError
 from dispatcher.storage import opening, run_state, writer
@@ -39,6 +39,7 @@ from dispatcher.storage.waiting import places_path
 from dispatcher.storage.writer import Batch
 from tests.faults.oracle import Ledger, input_line
 from tests.storage.recording_disk import Change, DiskPath, Image, RecordingDisk, image_key
+from tests.support.queues import arrivals, lease_fresh
 
 SEED = int(os.environ.get("DISPATCHER_TEST_SEED", "7"))
 LINES = [input_line(number) for number in range(48)]
@@ -122,15 +123,16 @@ class Drive:
     def open_lines(self, count: int) -> None:
         lines = self.run.source.scan(self.queue.next_offset, count, 1 << 20)
         if lines:
-            self.queue.open_lines(lines[0].offset, [n.next_offset - n.offset for n in lines])
+            self.queue.open_lines(lines.offset, lines.sizes)
         if self.queue.next_offset >= self.run.source.size_bytes:
             self.queue.end_of_input()
 
     def lease(self, worker: str, count: int) -> list[tuple[int, int]]:
-        return [
-            (grant.work_id, int(grant.lease.split(".")[1]))
-            for grant in self.queue.lease_ready(worker, count, now=0.0)
-        ]
+        return [named(grant) for grant in self.queue.lease_ready(worker, count, now=0.0)]
+
+    def lease_fresh(self, worker: str, count: int) -> list[tuple[int, int]]:
+        lines = self.run.source.scan(self.queue.next_offset, count, 1 << 20)
+        return [named(x) for x in lease_fresh(self.queue, worker, lines.sizes, now=0.0)]
 
     def finish(self, work_id: int, serial: int | None, nonce: str) -> None:
         result = result_line(work_id, nonce)
@@ -140,7 +142,8 @@ class Drive:
 
     def finish_all(self, nonce: str) -> None:
         results = {work_id: result_line(work_id, nonce) for work_id in self.queue.items}
-        self.queue.finish_all([(n, None, result, "") for n, result in results.items()], 0.0)
+        came = [(n, None, result, "") for n, result in results.items()]
+        self.queue.finish_all(arrivals(*came), 0.0)
         self.results |= results
         self.steps.clear()
 
@@ -253,7 +256,11 @@ class Scenario:
     def act(self, rng: random.Random) -> None:
         drive, queue = self.drive, self.drive.queue
         if queue.next_work_id < len(LINES) and len(queue.items) < 12:
-            drive.open_lines(rng.randrange(1, 5))
+            if rng.random() < 0.5 or queue.pause is not None:
+                drive.open_lines(rng.randrange(1, 5))
+            else:
+                self.leases += drive.lease_fresh(rng.choice("ab"), rng.randrange(1, 5))
+                self.seen["fresh leases"] += 1
         self.leases += drive.lease(rng.choice("ab"), rng.randrange(1, 4))
         rng.shuffle(self.leases)
         self.record_some(rng)
@@ -318,6 +325,10 @@ class Scenario:
         self.commit()
         self.drive.complete()
         self.drive.close()
+
+
+def named(grant: Grant) -> tuple[int, int]:
+    return grant.work_id, int(grant.lease.split(".")[1])
 
 
 def result_line(work_id: int, nonce: str) -> bytes:

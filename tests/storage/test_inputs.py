@@ -22,8 +22,9 @@ from dispatcher.storage.inputs.copying import Copying, copy_input, origin_now
 from dispatcher.storage.inputs.opening import open_source, reader_of
 from dispatcher.storage.inputs.pipe import PipeReader
 from dispatcher.storage.inputs.reader import CopyStop, InputReader, without_waiting
+from dispatcher.storage.lines import InputLine
 from dispatcher.storage.same_run import check_input
-from dispatcher.storage.source import InputLine, LineSource
+from dispatcher.storage.source import LineSource
 from tests.storage.broken_files import BrokenFiles
 from tests.support.kinds import COMPRESSED, write_gzip, write_plain, write_zstd
 from tests.support.processes import wait_until
@@ -52,7 +53,7 @@ def opened(path: Path, state: Path, **options: Any) -> tuple[list[InputLine], di
     state.mkdir(exist_ok=True)
     source = open_source(path, state, LIMIT, **options)
     try:
-        return source.scan(0, 1 << 20, 1 << 30), source.fingerprint()
+        return [*source.scan(0, 1 << 20, 1 << 30)], source.fingerprint()
     finally:
         source.close()
 
@@ -88,7 +89,7 @@ def test_the_text_is_what_was_compressed(
 def test_the_lines_are_those_of_a_plain_file(tmp_path: Path, lines: list[bytes]) -> None:
     content = b"\n".join(lines)
     plain = LineSource(write_plain(tmp_path, content), LIMIT)
-    expected = plain.scan(0, 100, 1 << 20)
+    expected = [*plain.scan(0, 100, 1 << 20)]
     plain.close()
     for make in COMPRESSED.values():
         state = tmp_path / "state"

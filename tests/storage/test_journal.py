@@ -14,6 +14,7 @@ from dispatcher.core.events import (
     Ended,
     Finished,
     Issued,
+    IssuedFresh,
     ItemState,
     LeaseEnded,
     LeaseState,
@@ -65,6 +66,7 @@ RESULT = '{"text": "ä ] \\" \\n 😀"}'.encode()
 EVENTS: list[Record] = [
     Opened(5, 50, [10, 7, 1]),
     Issued("a", True, False, 9, [5, 6]),
+    IssuedFresh("b", False, 11, 8, 68, [10, 7]),
     Watched(5, 9),
     OutputPosition(3, 120, 1),
     Finished([5, 9], [9, 0], {"x": [9]}, [msgspec.Raw(RESULT), msgspec.Raw(b"[ ]")]),

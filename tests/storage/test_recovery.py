@@ -17,6 +17,7 @@ from dispatcher.storage.records import OutputPosition, RunHeader, encode_records
 from dispatcher.storage.recovery import Recovered, Retention, recover
 from dispatcher.storage.writer import Batch, RunWriter
 from tests.storage.broken_files import BROKEN, FULL, BrokenFiles
+from tests.support.queues import arrivals
 
 POLICY = QueuePolicy()
 HEADER = RunHeader("run-1", 1, {"size": 1}, {})
@@ -40,7 +41,7 @@ class Run:
         self.queue.open_lines(self.queue.next_offset, [10] * count)
 
     def finish(self, *work_ids: int) -> None:
-        self.queue.finish_all([(i, None, line(i), "") for i in work_ids], now=0.0)
+        self.queue.finish_all(arrivals(*((i, None, line(i), "") for i in work_ids)), now=0.0)
 
     def write(self, *, sync_output: bool = False) -> None:
         """Write what queued; a full segment is followed by another one."""

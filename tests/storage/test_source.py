@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from dispatcher.errors import StateError, UsageError
 from dispatcher.storage import source as source_module
 from dispatcher.storage.inputs.opening import open_source
-from dispatcher.storage.source import InputLine, LineSource
+from dispatcher.storage.lines import InputLine
+from dispatcher.storage.source import LineSource
 
 LIMIT = 1000
 
@@ -30,7 +31,7 @@ def read_all(source: LineSource, max_lines: int = 3, max_bytes: int = 1 << 20) -
     offset = 0
     while part := source.scan(offset, max_lines, max_bytes):
         lines += part
-        offset = part[-1].next_offset
+        offset = part.end
     assert offset == source.size_bytes
     return lines
 
@@ -132,7 +133,7 @@ def test_an_oversized_last_line_ends_with_the_input(tmp_path: Path) -> None:
 
 def test_an_empty_input_has_no_lines(tmp_path: Path) -> None:
     source = source_of(tmp_path, b"")
-    assert source.scan(0, 10, 100) == []
+    assert not source.scan(0, 10, 100)
     assert source.fingerprint()["size"] == 0
     source.close()
 
@@ -143,7 +144,7 @@ def test_a_scan_gives_at_least_one_line_and_stops_at_its_limits(tmp_path: Path) 
     assert [x.text for x in source.scan(5, 10, 1)] == ["bbbb"]
     assert [x.text for x in source.scan(5, 10, 10)] == ["bbbb", "cccc"]
     assert all(line.offset < 16 for line in source.scan(5, 10, 11))
-    assert source.scan(20, 10, 100) == []
+    assert not source.scan(20, 10, 100)
     source.close()
 
 

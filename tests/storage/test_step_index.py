@@ -23,6 +23,7 @@ from dispatcher.storage.records import Location, RunHeader, StepPlace
 from dispatcher.storage.step_index import StepIndex
 from dispatcher.storage.writer import Batch, RunWriter
 from tests.storage.broken_files import BROKEN, FULL, BrokenFiles
+from tests.support.queues import arrivals
 
 POLICY = QueuePolicy()
 Recorded = dict[Position, tuple[str, bytes]]
@@ -57,7 +58,8 @@ class Run:
         assert outcome is StepOutcome.ACCEPTED
 
     def finish(self, *work_ids: int, size: int = 5) -> None:
-        self.queue.finish_all([(n, None, b"1" * size, "") for n in work_ids], now=0.0)
+        came = [(n, None, b"1" * size, "") for n in work_ids]
+        self.queue.finish_all(arrivals(*came), now=0.0)
 
     def batch(self) -> Batch:
         batch = Batch()
