@@ -47,6 +47,7 @@ from dispatcher.errors import (
     StorageError,
     StorageFullError,
 )
+from dispatcher.line_feed import LineFeed
 from dispatcher.models import (
     BatchWorkResponse,
     HeartbeatRequest,
@@ -68,7 +69,7 @@ from dispatcher.storage.files import Files
 from dispatcher.storage.inputs.growing import GrowingSource
 from dispatcher.storage.inputs.reader import CopyStop
 from dispatcher.storage.journal import last_epoch
-from dispatcher.storage.lines import InputLine, Lines, ReadAhead
+from dispatcher.storage.lines import Lines
 from dispatcher.storage.opening import OpenRun, open_run, utc_now
 from dispatcher.storage.ownership import REFRESH_S, Ownership
 from dispatcher.storage.run_state import make_state_dir, remove_intermediate, save_run_file
@@ -82,8 +83,6 @@ log = logging.getLogger(__name__)
 REPLY_BYTES = 32 << 20
 """Input text handed out in one reply, at most (but always one item)."""
 
-_SCAN_LINES = 1024
-_SCAN_BYTES = 4 << 20
 _TICK_S = 1.0
 _FULL_PAUSE_S = 1.0
 _POLL_AGAIN_S = 0.2
@@ -160,7 +159,7 @@ class DispatchService:
         self._writer: RunWriter | None = None
         self._source: LineSource | None = None
         self._copy_stop = CopyStop()
-        self._ahead = ReadAhead(Lines())  # read, and not in the queue yet
+        self._feed: LineFeed | None = None
         self._write_thread = make_thread("journal")
         self._read_thread = make_thread("input")
         self._intake = SpoolIntake(
@@ -171,7 +170,6 @@ class DispatchService:
         )
         # A claim must be seen to be kept also while a slow file system holds up the journal.
         self._claim_thread = make_thread("claim")
-        self._ahead_lock = asyncio.Lock()
         self._batch = Batch()
         self._batch_done: Acknowledgement | None = None
         self._writing: Acknowledgement | None = None
@@ -206,6 +204,8 @@ class DispatchService:
         if run.is_complete:
             self.finished.set()
             return
+        assert run.source is not None
+        self._feed = LineFeed(run.source, run.queue.next_offset, self._read_thread, self._stop)
         self._hear_start()
         self._note_input_end()
         self.alarms.look(self.queue)
@@ -585,7 +585,9 @@ class DispatchService:
 
     async def _hand_out(self, worker: str, count: int) -> list[WorkItem]:
         """Hand out items that were handed out before, or else new lines, or else copies."""
-        queue, now = self.queue, self._clock.now()
+        queue, feed, now = self.queue, self._feed, self._clock.now()
+        if feed is None:
+            return []  # the run was complete before this start
         grants: list[Grant] = []
         fresh: list[WorkItem] = []
         left, left_bytes = count, REPLY_BYTES
@@ -597,12 +599,12 @@ class DispatchService:
                 left, left_bytes = count - len(grants), REPLY_BYTES - _bytes_of(grants, queue)
             elif not queue.may_open():
                 break
-            elif self._ahead:
+            elif not feed.is_behind:
                 size, items = self._hand_out_fresh(worker, left, left_bytes, now)
                 left, left_bytes = left - len(items), left_bytes - size
                 fresh += items
-            elif self._has_unread():
-                await self._read_ahead()
+            elif feed.has_more:
+                await feed.read_ahead()
                 if queue is not self.queue:
                     raise StorageFullError(_NOT_KEPT)
                 looked = bool(grants or fresh)  # what came back meanwhile goes first
@@ -619,8 +621,9 @@ class DispatchService:
 
         Returns how many bytes they have, and them: none when they are refused instead.
         """
+        assert self._feed is not None
         queue = self.queue
-        lines = self._ahead.take(min(count, queue.window_room()), max_bytes)
+        lines = self._feed.take(min(count, queue.window_room()), max_bytes)
         if lines.defects:
             self._refuse(lines, now)
             return 0, []
@@ -646,7 +649,8 @@ class DispatchService:
     async def _with_texts(self, grants: Sequence[Grant]) -> list[WorkItem]:
         """Read the lines of items that were read before."""
         self._queue_events()  # they can be written while the lines are read
-        lines = await self._in_reader(self._fetch, [grant.offset for grant in grants])
+        assert self._feed is not None
+        lines = await self._feed.fetch([grant.offset for grant in grants])
         limit, run_id = self.queue.policy.max_retries, self.run_id
         return [
             WorkItem(
@@ -684,27 +688,8 @@ class DispatchService:
                     for position, (request_hash, answer) in sorted(steps.items())
                 ]
 
-    async def _read_ahead(self) -> None:
-        async with self._ahead_lock:
-            if self._ahead or self._source is None:
-                return
-            queue = self.queue
-            offset = queue.next_offset
-            lines = await self._in_reader(self._source.scan, offset, _SCAN_LINES, _SCAN_BYTES)
-            if queue is self.queue:
-                self._ahead = ReadAhead(lines)
-
-    def _fetch(self, offsets: list[int]) -> list[InputLine]:
-        assert self._source is not None
-        return [self._source.fetch(offset) for offset in offsets]
-
-    def _has_unread(self) -> bool:
-        assert self._source is not None
-        return self.queue.next_offset < self._source.available_bytes
-
     def _note_input_end(self) -> None:
-        assert self._source is not None
-        if self._source.is_whole and not self._has_unread():
+        if self._feed is not None and self._feed.is_at_end:
             self.queue.end_of_input()
 
     async def _follow_copy(self, source: GrowingSource) -> None:
@@ -794,7 +779,8 @@ class DispatchService:
             item = queue.items.get(work_id)
             if item is None:
                 continue  # its result came while another one's line was read
-            (line,) = await self._in_reader(self._fetch, [item.offset])
+            assert self._feed is not None
+            (line,) = await self._feed.fetch([item.offset])
             if queue is not self.queue:
                 return
             if item.condemned:
@@ -918,7 +904,8 @@ class DispatchService:
         failed_too, self._batch, self._batch_done = self._batch_done, Batch(), None
         self.queue = recovered.queue
         self.queue.note_written(self._writer.output.written)
-        self._ahead = ReadAhead(Lines())
+        assert self._feed is not None
+        self._feed.go_back(self.queue.next_offset)
         self._note_input_end()
         done.refuse(error)
         if failed_too is not None:
@@ -1031,20 +1018,6 @@ class DispatchService:
 
     async def _in_claim_thread(self, call: Callable[..., T], *args: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._claim_thread, call, *args)
-
-    async def _in_reader(self, call: Callable[..., T], *args: Any) -> T:
-        loop = asyncio.get_running_loop()
-        try:
-            return await loop.run_in_executor(self._read_thread, call, *args)
-        except (StateError, OSError) as error:
-            # The input is gone or was cut: nothing can be handed out any more.
-            failure = (
-                error
-                if isinstance(error, StateError)
-                else StateError(f"cannot read the input {self.settings.infile}: {error}")
-            )
-            self._stop(failure)
-            raise failure from error
 
 
 def _facts_of(found: Pause | Jump | None) -> dict[str, Any] | None:

@@ -34,6 +34,7 @@ FLOORS = [
     ("dispatcher.acknowledging", 2),
     ("dispatcher.alarms", 2),
     ("dispatcher.error_lines", 2),
+    ("dispatcher.line_feed", 2),
     ("dispatcher.spool_intake", 2),
     ("dispatcher.service", 3),
     ("dispatcher.steering", 3),

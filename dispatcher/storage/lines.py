@@ -71,6 +71,11 @@ class ReadAhead:
         """Whether there are any."""
         return self._place < len(self._lines)
 
+    @property
+    def offset(self) -> int:
+        """Where the next line begins in the input."""
+        return self._offset
+
     def take(self, count: int, max_bytes: int) -> Lines:
         """Take up to `count` of the next lines, until `max_bytes` are reached.
 

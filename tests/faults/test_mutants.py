@@ -31,6 +31,7 @@ TIMEOUT_S = 150.0
 CLIENT = "client.py"
 QUEUE = "core/work_queue.py"
 PAUSING = "core/pausing.py"
+FEED = "line_feed.py"
 LEASED = "taskmanager/tasksource/leased.py"
 MANAGER = "taskmanager/manager.py"
 SERVICE = "service.py"
@@ -478,9 +479,9 @@ MUTANTS = [
     ),
     Mutant(
         "the end of what was copied is taken for that of the input",
-        SERVICE,
-        "if self._source.is_whole and not self._has_unread():",
-        "if not self._has_unread():",
+        FEED,
+        "return self._source.is_whole and not self.has_more",
+        "return not self.has_more",
         GROWS + "test_lines_are_handed_out_as_the_copy_grows_and_the_end_is_the_true_one",
         "all_work_complete",
     ),

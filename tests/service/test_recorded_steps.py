@@ -10,6 +10,7 @@ import msgspec
 import pytest
 import yaml
 
+from dispatcher import line_feed
 from dispatcher import service as service_module
 from dispatcher.config import RunSettings
 from dispatcher.core.work_queue import CRASH, QueuePolicy
@@ -479,7 +480,7 @@ def test_a_reply_stays_bounded_when_items_with_steps_come_back_while_lines_are_r
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(service_module, "REPLY_BYTES", 1000)
-    monkeypatch.setattr(service_module, "_SCAN_LINES", 3)
+    monkeypatch.setattr(line_feed, "_SCAN_LINES", 3)
     give_input(settings, 30)
 
     async def scenario() -> None:

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 import yaml
 
+from dispatcher import line_feed
 from dispatcher import service as service_module
 from dispatcher.config import RunSettings
 from dispatcher.core.work_queue import QueuePolicy, WorkQueue
@@ -252,7 +253,7 @@ def test_a_result_that_arrives_while_tombstones_are_being_made_is_kept(
 def test_an_item_that_became_solo_while_lines_were_read_still_goes_out_alone(
     settings: RunSettings, monkeypatch: pytest.MonkeyPatch, got_one_before: bool
 ) -> None:
-    monkeypatch.setattr(service_module, "_SCAN_LINES", 1)
+    monkeypatch.setattr(line_feed, "_SCAN_LINES", 1)
     give_input(settings, 5)
 
     async def scenario() -> None:
