@@ -8,6 +8,8 @@
                                                            +--- none left: condemned
                                                                 --tombstone--> done
 
+Most lines go from unread to leased at once (`lease_fresh`).
+
 Two kinds of state. The durable half (which lines are done, open items with their counts and
 leases) changes only in `apply`, by an event; every event made since the last `take_events` is
 handed to the caller, who writes it to the journal before telling anybody. Replaying the events
@@ -307,7 +309,7 @@ class WorkQueue:
             return outcomes
         errors = _lines_by_kind(work_ids, kinds) if any(kinds) else {}
         event = Finished(work_ids, [serial or 0 for serial in serials], errors, results)
-        leases, storied = self._close(event)
+        leases, storied = self._close(event)  # what `apply` does, which tells nothing
         self._events.append(event)
         self._note_paces(leases, now)
         for item in storied:
@@ -942,6 +944,7 @@ class WorkQueue:
         self._blamed.pop(event.worker, None)
 
     def _let_go(self, item: Item) -> None:
+        """The item has its line of output; whoever still works on it works in vain."""
         if item.queued:
             self._ready.remove(item)
         for lease in item.leases:
