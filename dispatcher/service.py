@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -35,6 +34,7 @@ from dispatcher.core.work_queue import (
     Grant,
     WorkQueue,
     lease_id,
+    lease_ids,
     parse_lease_id,
 )
 from dispatcher.core.worker_totals import WorkerTotals, models_in_status, models_in_summary
@@ -404,8 +404,7 @@ class DispatchService:
                 fresh_start=item.fresh_start,
                 now=now,
             )
-        await self._bury_condemned()
-        self._announce()
+        await self._settle()
         await self._barrier(queue)
         return ReleaseWorkResponse(WorkStatus.OK, released, renewed or msgspec.UNSET)
 
@@ -452,8 +451,7 @@ class DispatchService:
         )
         if request.stats is not None:
             self.worker_totals.note(request.worker, request.stats)
-        await self._bury_condemned()
-        self._announce()
+        await self._settle()
         await self._barrier(queue)
         return HeartbeatResponse(
             WorkStatus.OK,
@@ -632,8 +630,10 @@ class DispatchService:
         limit, run_id = queue.policy.max_retries, self.run_id
         work_ids = range(first, first + len(lines))
         items = [
-            WorkItem(work_id, text, None, 0, limit, run_id, f"{work_id}.{its_serial}")
-            for work_id, text, its_serial in zip(work_ids, lines.texts, itertools.count(serial))
+            WorkItem(work_id, text, None, 0, limit, run_id, lease)
+            for work_id, text, lease in zip(
+                work_ids, lines.texts, lease_ids(work_ids, serial), strict=True
+            )
         ]
         return sum(lines.sizes), items
 
@@ -733,9 +733,7 @@ class DispatchService:
             outcomes = self._take_one_by_one(items, serials, results, now)
         self.duplicate_results += outcomes.count(Outcome.DUPLICATE)
         self.results_taken.observe(len(items))
-        if queue.condemned:
-            await self._bury_condemned()
-        self._announce()
+        await self._settle()
         return outcomes
 
     def _take_one_by_one(
@@ -766,14 +764,15 @@ class DispatchService:
         self.queue.fail(item.work_id, serial, "the result is not JSON on one line", now)
         return Outcome.INVALID
 
-    def _announce(self) -> None:
-        """Let waiting calls see what became ready, and whoever watches what goes wrong."""
+    async def _settle(self) -> None:
+        """Give condemned items their tombstone, and let waiting calls see what became ready."""
+        if self.queue.condemned:
+            await self._bury_condemned()
         self.alarms.look(self.queue)
         if self._changed is not None and (self.queue.ready_count or self.queue.is_complete):
             self._notify()
 
     async def _bury_condemned(self) -> None:
-        """Give items that ran out of reissues their tombstones."""
         queue = self.queue
         for work_id in queue.condemned_ids():
             item = queue.items.get(work_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -60,6 +61,11 @@ class Verdict:
 def lease_id(work_id: int, serial: int) -> str:
     """Name a lease. The work id is part of it, so that an ended lease still tells its item."""
     return f"{work_id}.{serial}"
+
+
+def lease_ids(work_ids: Iterable[int], first_serial: int) -> list[str]:
+    """Name the leases of these items, whose serials count up from the first."""
+    return [f"{work_id}.{serial}" for serial, work_id in enumerate(work_ids, first_serial)]
 
 
 def parse_lease_id(text: str) -> tuple[int, int] | None:

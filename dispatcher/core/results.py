@@ -14,7 +14,7 @@ import msgspec
 
 _ERROR_MARK = b'{"__ERROR__"'
 _KIND = re.compile(rb'\{"__ERROR__":\s*\{"error":\s*"([^"\\]{1,64})"')
-_SUSPECT = (_ERROR_MARK.decode(), " ", "\t")
+_MAY_BE_ERROR = (_ERROR_MARK.decode(), " ", "\t")  # blanks are cut off only later
 UNNAMED_ERROR = "unnamed"
 _FEW = 4
 _check_json = msgspec.json.Decoder(msgspec.Raw).decode
@@ -65,9 +65,11 @@ def error_kind(result: bytes) -> str:
 
 def error_kinds(texts: Sequence[str]) -> list[str]:
     """Return `error_kind` of each text that is a valid result."""
-    if not any(map(str.startswith, texts, itertools.repeat(_SUSPECT))):
+    if not any(map(str.startswith, texts, itertools.repeat(_MAY_BE_ERROR))):
         return [""] * len(texts)
-    return [error_kind(x.strip(" \t").encode()) if x.startswith(_SUSPECT) else "" for x in texts]
+    return [
+        error_kind(x.strip(" \t").encode()) if x.startswith(_MAY_BE_ERROR) else "" for x in texts
+    ]
 
 
 def lease_serials(work_ids: Sequence[int], leases: Sequence[str | None]) -> list[int | None]:

@@ -64,6 +64,7 @@ from dispatcher.core.grants import (
     Renewal,
     Verdict,
     lease_id,
+    lease_ids,
     parse_lease_id,
 )
 from dispatcher.core.items import Item, ReadyItems
@@ -85,6 +86,7 @@ __all__ = [
     "Verdict",
     "WorkQueue",
     "lease_id",
+    "lease_ids",
     "parse_lease_id",
 ]
 
@@ -978,7 +980,7 @@ class WorkQueue:
         return [
             Grant(
                 item.work_id,
-                f"{item.work_id}.{serial + place}",
+                lease,
                 item.offset,
                 item.line_bytes,
                 item.retries,
@@ -986,7 +988,7 @@ class WorkQueue:
                 solo,
                 item.fresh_starts,
             )
-            for place, item in enumerate(items)
+            for item, lease in zip(items, lease_ids(work_ids, serial), strict=True)
         ]
 
     def _note_leased(self, known: Worker | None, serial: int, count: int, now: float) -> None:

@@ -67,11 +67,12 @@ class LineSource:
         """Return the next lines up to the first that needs a closer look: most files have none."""
         left = self.available_bytes - offset
         data = os.pread(self._file.fileno(), min(_PLAIN_BYTES, max_bytes, left), offset)
+        data = data[: data.rfind(b"\n") + 1]
         try:
-            texts = data[: data.rfind(b"\n") + 1].decode().split("\n", max_lines)
+            text = data.decode()
         except UnicodeDecodeError as error:
-            whole = data[: data.rfind(b"\n", 0, error.start) + 1]
-            texts = whole.decode().split("\n", max_lines)
+            text = data[: data.rfind(b"\n", 0, error.start) + 1].decode()
+        texts = text.split("\n", max_lines)
         texts.pop()  # what follows the last line end, or the last line asked for
         if not texts:
             return Lines(offset)
